@@ -1,0 +1,130 @@
+"""The definition of attention, in plain PyTorch: any dtype, any device, differentiable any number of times.
+
+Everything else that calls itself attention is compared with this file. It writes the (B, H, Tq, Tk) logits to memory;
+that is the price of being readable.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    left: int = -1,
+    right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp, as `onchip.attention_with_lse` defines them; arguments already checked.
+
+    `left` and `right` are the window's reach in keys, -1 for unbounded (causal is `right=0`). Arithmetic is in float32,
+    in float64 for float64 inputs.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens_q is None:
+        return _dense(q, k, v, left, right, scale, softcap, bias, alibi_slopes, sinks)
+    assert cu_seqlens_k is not None
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [_compute(q.new_empty(q.shape[1], 0))]
+    for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
+        bias_b = None if bias is None else bias[b : b + 1] if bias.shape[0] > 1 else bias
+        if bias_b is not None:
+            bias_b = bias_b[:, :, : q1 - q0 if bias_b.shape[2] > 1 else 1, : k1 - k0 if bias_b.shape[3] > 1 else 1]
+        slopes_b = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b]
+        out, lse = _dense(
+            q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], left, right, scale, softcap, bias_b, slopes_b, sinks
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def attention_matrix(
+    q: Tensor,
+    k: Tensor,
+    *,
+    left: int = -1,
+    right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, H, Tq, Tk) and log-sum-exp (B, H, Tq), both in the dtype of the arithmetic."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = _compute(q), _compute(k)
+    group = q.shape[2] // max(k.shape[2], 1)
+    logits = scale * torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(group, dim=2))
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    i = torch.arange(q.shape[1], device=q.device)[:, None] + (k.shape[1] - q.shape[1])  # the key that query i sits on
+    j = torch.arange(k.shape[1], device=q.device)[None, :]
+    if alibi_slopes is not None:
+        slopes = _compute(alibi_slopes, like=logits)
+        slopes = slopes[None] if slopes.ndim == 1 else slopes
+        logits = logits - slopes[:, :, None, None] * (i - j).abs()
+    seen = torch.ones_like(i - j, dtype=torch.bool)
+    if left >= 0:
+        seen = seen & (j >= i - left)
+    if right >= 0:
+        seen = seen & (j <= i + right)
+    if bias is not None and bias.dtype == torch.bool:
+        seen = seen & bias
+    elif bias is not None:
+        logits = logits + _compute(bias, like=logits)
+    seen = seen.expand(logits.shape)
+    logits = logits.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        sink = _compute(sinks, like=logits)[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    # A row that sees nothing has lse = -inf. Its logits are replaced before they meet exp and log, so that neither it
+    # nor any of its derivatives is NaN. (A float bias of -inf hides a key as a mask does.)
+    empty = (logits == -math.inf).all(dim=-1)
+    lse = logits.masked_fill(empty[..., None], 0.0).logsumexp(dim=-1) if logits.shape[-1] else logits.sum(-1)
+    hidden = logits[..., : k.shape[1]] == -math.inf
+    shifted = (logits[..., : k.shape[1]].masked_fill(hidden, 0.0) - lse[..., None]).masked_fill(hidden, -math.inf)
+    return shifted.exp(), lse.masked_fill(empty, -math.inf)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    p, lse = attention_matrix(
+        q,
+        k,
+        left=left,
+        right=right,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    values = _compute(v).repeat_interleave(q.shape[2] // max(k.shape[2], 1), dim=2)
+    return torch.einsum("bhij,bjhd->bihd", p, values).to(q.dtype), lse
+
+
+def _compute(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """`x` in the dtype of the arithmetic: float64 stays, everything else becomes float32."""
+    dtype = like.dtype if like is not None else torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.to(dtype)
