@@ -1,0 +1,201 @@
+"""A language model: an embedding, residual layers of one mixer and one MLP each, and logits over the next token."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onchip.models.config import ModelConfig
+from onchip.nn import GatedMLP
+from onchip.nn.mixers import State, build_mixer
+
+
+@dataclass(frozen=True, eq=False)
+class ModelState(State):
+    """The states of a model's layers, in order."""
+
+    layers: tuple[State, ...]
+
+    def reorder(self, index: Tensor) -> Self:
+        """Row i of the result is row `index[i]`; rows may be dropped and repeated. `index (N,)` int64."""
+        return type(self)(tuple(layer.reorder(index) for layer in self.layers))
+
+    def detach(self) -> Self:
+        """The same values, cut from the graph of gradients."""
+        return type(self)(tuple(layer.detach() for layer in self.layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the state holds."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @classmethod
+    def stack(cls, states: Sequence[Self]) -> Self:
+        """One state with the rows of all `states`, in order; they may have seen different numbers of tokens."""
+        columns = zip(*(state.layers for state in states), strict=True)
+        return cls(tuple(type(layers[0]).stack(layers) for layers in columns))
+
+
+class Layer(nn.Module):
+    """A mixer along time and an MLP along features, each on the normalised residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, mixer: dict[str, Any]) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = build_mixer(config.d_model, mixer)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = GatedMLP(config.d_model, config.d_mlp)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The parallel form."""
+        x = x + self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens)
+        return cast(Tensor, x + self.mlp(self.mlp_norm(x)))
+
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The chunked form."""
+        y, state = self.mixer(self.mixer_norm(x), state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The recurrent form."""
+        y, state = self.mixer.step(self.mixer_norm(x), state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class LanguageModel(nn.Module):
+    """A causal language model, its layers' mixers named in the config.
+
+    ```
+    logits = model(tokens)                          tokens (B, T) int64, logits (B, T, vocab_size)
+    logits = model(tokens, cu_seqlens=cu)           packed: tokens (total,), logits (total, vocab_size)
+    logits, state = model(tokens, state)            chunked
+    logits, state = model.prefill(tokens, state)    chunked, the last token's logits (B, vocab_size) alone
+    logits, state = model.step(token, state)        token (B,), logits (B, vocab_size)
+    ```
+
+    Weights start normal with standard deviation 0.02; the projections that write into the residual stream are smaller
+    by √(2 · layers), so that its variance does not grow with depth.
+
+    Raises:
+        ValueError: a layer that cannot be built, or is not causal.
+
+    >>> config = ModelConfig(vocab_size=257, d_model=32, layers=[{"mixer": "attention", "n_heads": 2}], d_mlp=80)
+    >>> model = LanguageModel(config)
+    >>> tokens = torch.randint(257, (2, 10))
+    >>> model(tokens).shape
+    torch.Size([2, 10, 257])
+    >>> logits, state = model.step(tokens[:, 0], model.initial_state(batch=2))
+    >>> torch.allclose(logits, model(tokens)[:, 0], atol=1e-5)
+    True
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(_layer(config, i) for i in range(len(config.layers)))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._initialise()
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.embedding.weight.device
+
+    def initial_state(self, batch: int) -> ModelState:
+        """The state of `batch` sequences before their first token."""
+        return ModelState(tuple(layer.mixer.initial_state(batch) for layer in self._layers()))
+
+    @overload
+    def forward(self, tokens: Tensor, state: None = None, *, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]: ...
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """Logits of the token after each of `tokens`; with `state`, of its continuation, and the state after it.
+
+        Raises:
+            ValueError: `tokens` is not `(B, T)`, or `(total,)` with `cu_seqlens`; or both `state` and `cu_seqlens` are
+                given.
+        """
+        if tokens.ndim != (2 if cu_seqlens is None else 1):
+            expected = "(B, T)" if cu_seqlens is None else "(total,) with cu_seqlens"
+            raise ValueError(f"tokens must be {expected}, got {tuple(tokens.shape)}")
+        if state is None:
+            x = self.embedding(tokens)
+            for layer in self._layers():
+                x = layer(x, cu_seqlens)
+            return self._logits(x)
+        if cu_seqlens is not None:
+            raise ValueError("state and cu_seqlens exclude each other: a state has one sequence per row")
+        x, state = self._chunk(tokens, state)
+        return self._logits(x), state
+
+    def prefill(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Read `tokens (B, T)`, T at least 1: the logits `(B, vocab_size)` after the last, and the state after it."""
+        x, state = self._chunk(tokens, state)
+        return self._logits(x[:, -1]), state
+
+    def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Read one `token (B,)`: the logits `(B, vocab_size)` after it, and the state after it."""
+        x, states = self.embedding(token), []
+        for layer, layer_state in zip(self._layers(), state.layers, strict=True):
+            x, layer_state = layer.step(x, layer_state)
+            states.append(layer_state)
+        return self._logits(x), ModelState(tuple(states))
+
+    def matrices(self, tokens: Tensor) -> list[Tensor]:
+        """The mixing matrices `(B, H, T, T)` of each layer on `tokens (B, T)`; memory quadratic in T."""
+        x, matrices = self.embedding(tokens), []
+        for layer in self._layers():
+            matrices.append(layer.mixer.matrix(layer.mixer_norm(x)))
+            x = layer(x, None)
+        return matrices
+
+    def _chunk(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        x, states = self.embedding(tokens), []
+        for layer, layer_state in zip(self._layers(), state.layers, strict=True):
+            x, layer_state = layer.chunk(x, layer_state)
+            states.append(layer_state)
+        return x, ModelState(tuple(states))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
+
+    def _layers(self) -> Sequence[Layer]:
+        return cast(Sequence[Layer], self.layers)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in self._layers():
+            for out in (layer.mixer.out, layer.mlp.out):
+                out.weight /= math.sqrt(2 * len(self.layers))
+
+
+def _layer(config: ModelConfig, index: int) -> Layer:
+    try:
+        layer = Layer(config, dict(config.layers[index]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layers[{index}]: {error}") from None
+    if not layer.mixer.causal:
+        raise ValueError(f"layers[{index}]: a language model needs causal mixers, got {dict(config.layers[index])}")
+    return layer

@@ -1,0 +1,36 @@
+"""Sequence mixers: modules that map `(B, T, d_model)` to the same shape along time."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from onchip.nn.mixers.attention import Attention, AttentionState
+from onchip.nn.mixers.base import MissingForm, Mixer, State
+
+__all__ = ["MIXERS", "Attention", "AttentionState", "MissingForm", "Mixer", "State", "build_mixer"]
+
+MIXERS: dict[str, type[Mixer[Any]]] = {"attention": Attention}
+"""The mixers that a config can name. Add your own: a class whose first argument is `d_model`."""
+
+
+def build_mixer(d_model: int, config: Mapping[str, Any]) -> Mixer[Any]:
+    """The mixer that `config` names under "mixer", made with the config's other entries as its arguments.
+
+    Raises:
+        ValueError: no such mixer; an argument that is unknown, missing or refused by the mixer.
+
+    >>> build_mixer(64, {"mixer": "attention", "n_heads": 4, "window": [31, 0]}).window
+    (31, 0)
+    """
+    arguments = dict(config)
+    name = arguments.pop("mixer", None)
+    if name not in MIXERS:
+        raise ValueError(f'"mixer" must be one of {", ".join(sorted(MIXERS))}, got {name!r}')
+    parameters = list(inspect.signature(MIXERS[name]).parameters.values())[1:]
+    known = {parameter.name for parameter in parameters}
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    if unknown := sorted(arguments.keys() - known):
+        raise ValueError(f"{name} has no argument {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
+    if missing := sorted(required - arguments.keys()):
+        raise ValueError(f"{name} needs {', '.join(missing)}")
+    return MIXERS[name](d_model, **arguments)

@@ -1,0 +1,30 @@
+"""The gated multilayer perceptron, which mixes features where a mixer mixes time."""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) · up(x))`.
+
+    `x (..., d_model)` to `(..., d_model)` through `d_hidden` features; no biases. `gate` and `up` are one projection.
+    Cost: 6·d_model·d_hidden operations per token.
+
+    Source: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202), FFN_SwiGLU.
+
+    >>> import torch
+    >>> GatedMLP(16, 40)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=False)
+        self.out = nn.Linear(d_hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d_model)` to `(..., d_model)`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return cast(Tensor, self.out(F.silu(gate) * up))

@@ -1,0 +1,64 @@
+"""Rotary position embedding: pairs of features turned by an angle that grows with the position."""
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    r"""Turn each pair of features of `x` by the angle of its position.
+
+        y[2i] + √-1 · y[2i+1] = (x[2i] + √-1 · x[2i+1]) · (turns[i, 0] + √-1 · turns[i, 1])
+
+    `x (..., T, H, D)`, D even; `turns (..., T, D/2, 2)` from a `RotaryTable`. Computed in float32 (float64 for float64)
+    and returned in x's dtype.
+
+    Source: Su et al., RoFormer (arXiv 2104.09864), equation 34. Neighbouring features form a pair, as there.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs, turns = wide.view(*x.shape[:-1], -1, 2), turns[..., None, :, :]
+    if torch.compiler.is_compiling():  # Inductor fuses real arithmetic and has no complex
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # one kernel, three times as fast as the above without fusion
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return turned.view(x.shape).to(x.dtype)
+
+
+class RotaryTable:
+    """The turns (cos, sin)(t · base^(-2i/D)) of positions t = 0, 1, …, computed once and kept.
+
+    Angles are computed in float64 (in float32 a position beyond 10⁵ would be off by hundredths of a radian), the turns
+    kept in float32, in float64 for float64 models.
+
+    Raises:
+        ValueError: `head_dim` is odd, or `base` is not positive.
+
+    >>> turns = RotaryTable(head_dim=8)(16, like=torch.randn(1))
+    >>> turns.shape, turns[0, 0]
+    (torch.Size([16, 4, 2]), tensor([1., 0.]))
+    """
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}")
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base}")
+        self.head_dim = head_dim
+        self.base = base
+        self._turns: Tensor | None = None
+
+    def __call__(self, length: int, like: Tensor) -> Tensor:
+        """`(length, head_dim/2, 2)` on the device of `like` and in the precision that suits it."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        turns = self._turns
+        if turns is None or len(turns) < length or turns.dtype != dtype or turns.device != like.device:
+            turns = self._turns = self._compute(1 << max(length - 1, 0).bit_length(), like.device, dtype)
+        return turns[:length]
+
+    # A table made while generating in inference mode must serve a later training step.
+    @torch.inference_mode(False)
+    def _compute(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        t = torch.arange(length, dtype=torch.float64, device=device)
+        i = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
+        angles = torch.outer(t, self.base ** (-2 * i / self.head_dim))
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
