@@ -1,0 +1,68 @@
+# onchip: `make` lists what there is to do. Every target sets up what it needs.
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test check native bench clean
+
+BIN := .venv/bin
+READY := .venv/.ready
+NATIVE_SOURCES := $(wildcard CMakeLists.txt) $(shell find native -type f)
+
+# Idle OpenMP threads sleep instead of spinning: on a machine with few cores spinning slows the others down.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## List the targets
+	@printf 'usage: make TARGET\n\n'
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY) ## Train a small language model on real text, sample from it, draw what it does (3 to 5 minutes)
+	$(BIN)/onchip train --preset demo --out demo
+	$(BIN)/onchip show demo
+	@printf '\nEverything is in demo/. To go on:\n'
+	@printf '  %s\n' \
+	  '$(BIN)/onchip generate demo --prompt "def "' \
+	  '$(BIN)/onchip train --preset small --out runs/small     # half an hour, beats gzip' \
+	  '$(BIN)/onchip train YOUR_TEXT --preset demo --out runs/yours' \
+	  '$(BIN)/onchip --help'
+
+test: $(READY) ## Run the whole test suite; ARGS="-k name" for a part
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(READY) ## Lint, format and type checks
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY) ## Measure attention against PyTorch's own, table only (about 20 minutes)
+	$(BIN)/onchip bench attention
+
+native: ## Build the native kernels again
+	@rm -f $(READY)
+	@$(MAKE) --no-print-directory $(READY)
+
+clean: ## Remove what was built, the caches and .venv; runs and demo stay
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.venv: $(READY) ## Set up: a virtual environment, the pinned dependencies, the native build
+
+define FIND_PYTHON
+python=; for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$$p && break; \
+done; \
+if [ -z "$$python" ]; then \
+  echo 'onchip needs Python 3.11 or newer, and found none; install one, or name it: make PYTHON=/path/to/python3' >&2; \
+  exit 1; \
+fi; \
+if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+  version=$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); \
+  echo "$$python cannot make a virtual environment; on Debian and Ubuntu: sudo apt install $$version-venv" >&2; \
+  exit 1; \
+fi
+endef
+
+$(READY): pyproject.toml constraints.txt $(NATIVE_SOURCES)
+	@test -x $(BIN)/pip && $(BIN)/python -c '' || { $(FIND_PYTHON); echo "Setting up .venv, once"; "$$python" -m venv --clear .venv; }
+	PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import onchip._native' 2>/dev/null || echo \
+	  'The native kernels were not built (is there a C++20 compiler?): onchip works, slowly. `make native` tries again.'
+	@touch $@
