@@ -47,7 +47,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Langua
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_model(LanguageModel(config), folder)
     ...     load_model(folder).num_parameters
-    728
+    736
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json")

@@ -15,7 +15,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     Source: Su et al., RoFormer (arXiv 2104.09864), equation 34. Neighbouring features form a pair, as there.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs, turns = wide.view(*x.shape[:-1], -1, 2), turns[..., None, :, :]
+    pairs, turns = wide.view(*x.shape[:-1], x.shape[-1] // 2, 2), turns[..., None, :, :]
     if torch.compiler.is_compiling():  # Inductor fuses real arithmetic and has no complex
         (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)

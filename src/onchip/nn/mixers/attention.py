@@ -243,7 +243,7 @@ class Attention(Mixer[AttentionState]):
 
     def _project(self, x: Tensor, positions: Tensor | slice, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `(…, T, H, D)` and keys `(…, T, Hk, D)`, rotated, and values; positions are below `length`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        heads = self.qkv(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=-2)
         if self.rotary is not None:
             qk = rotate(qk, self.rotary(length, like=qk)[positions])

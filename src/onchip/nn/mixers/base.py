@@ -113,6 +113,8 @@ class Mixer(nn.Module, ABC, Generic[S]):
 
     def step(self, x_t: Tensor, state: S) -> tuple[Tensor, S]:
         """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it."""
+        if not self.causal:
+            raise self._missing("step form")
         y, state = self(x_t[:, None], state)
         return y[:, 0], state
 
