@@ -37,9 +37,7 @@ def attention_with_lse(
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [_compute(q.new_empty(q.shape[1], 0))]
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
-        bias_b = None if bias is None else bias[b : b + 1] if bias.shape[0] > 1 else bias
-        if bias_b is not None:
-            bias_b = bias_b[:, :, : q1 - q0 if bias_b.shape[2] > 1 else 1, : k1 - k0 if bias_b.shape[3] > 1 else 1]
+        bias_b = None if bias is None else _corner(bias, b, q1 - q0, k1 - k0)
         slopes_b = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b]
         out, lse = _dense(
             q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], left, right, scale, softcap, bias_b, slopes_b, sinks
@@ -122,6 +120,14 @@ def _dense(
     )
     values = _compute(v).repeat_interleave(q.shape[2] // max(k.shape[2], 1), dim=2)
     return torch.einsum("bhij,bjhd->bihd", p, values).to(q.dtype), lse
+
+
+def _corner(bias: Tensor, b: int, tq: int, tk: int) -> Tensor:
+    """The part of a packed call's bias that sequence b reads."""
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    bias = bias[b : b + 1] if bias.shape[0] > 1 else bias
+    bias = bias[:, :, :tq] if bias.shape[2] > 1 else bias
+    return bias[..., :tk] if bias.shape[3] > 1 else bias
 
 
 def _compute(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -1,0 +1,66 @@
+// One call to attention as the kernels see it: tensors, sequences, and which keys a row sees.
+//
+// The query heads that share a key head are worked on together: a "row" is one (query i, head g of the group), numbered
+// i · group + g, so that every tile of keys is packed once per group and a decoding step fills its tile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/tensor.hpp"
+
+namespace onchip::attention {
+
+constexpr double kLog2e = 1.442695040888963407360;
+constexpr double kLn2 = 0.693147180559945309417;
+
+// A sequence of the batch: where its rows begin in packed tensors (0 otherwise) and how many there are.
+struct Sequence {
+    int64_t batch, q_start, q_length, k_start, k_length;
+    int64_t index;  // in the batch, packed or not
+};
+
+struct Problem {
+    std::vector<Sequence> sequences;
+    int64_t heads, kv_heads, head_dim, value_dim;
+    int64_t left, right;  // the window's reach, -1 for unbounded
+    double scale, softcap;
+    Tensor q, k, v;       // (batch, time, heads, dim)
+    Tensor bias;          // (batch, heads, query, key); optional, as the next two
+    Tensor slopes;        // (batch, heads) in the type of the arithmetic
+    Tensor sinks;         // (heads) in the type of the arithmetic
+    Tensor out, lse;      // lse: (batch, heads, time) in the type of the arithmetic
+    int threads;
+
+    int64_t group() const { return heads / kv_heads; }
+    bool double_precision() const { return q.dtype == DType::float64; }
+};
+
+struct Gradients {
+    Tensor out, lse;                // of the outputs; lse optional
+    Tensor q, k, v;                 // of the inputs
+    Tensor bias;                    // optional; as the problem's bias, stride 0 where that is broadcast
+    int64_t bias_shape[4];          // (batch, heads, query, key), 1 where broadcast
+    Tensor slopes, sinks;           // optional, (batch, heads) in double: one entry per sequence and head
+};
+
+// The keys that query i of a sequence sees: [begin, end), ascending with i in both ends.
+struct Reach {
+    int64_t shift, keys, left, right;
+
+    Reach(const Problem& p, const Sequence& s)
+        : shift(s.k_length - s.q_length), keys(s.k_length), left(p.left), right(p.right) {}
+    int64_t position(int64_t i) const { return i + shift; }  // the key that query i sits on
+    int64_t begin(int64_t i) const { return left < 0 ? 0 : std::clamp<int64_t>(position(i) - left, 0, keys); }
+    int64_t end(int64_t i) const { return right < 0 ? keys : std::clamp<int64_t>(position(i) + right + 1, 0, keys); }
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+    const char* name;
+    void (*forward)(const Problem&);
+    void (*backward)(const Problem&, const Gradients&);
+};
+
+}  // namespace onchip::attention

@@ -1,0 +1,103 @@
+// The matrix product's inner tile: kTileRows × kPanel results held in registers.
+//
+// B comes in panels of kPanel columns, so that a step of the product reads one contiguous line of it; A is read one
+// scalar at a time with any strides, so the same code serves A and Aᵀ. C is padded to whole panels.
+#pragma once
+
+#include <algorithm>
+
+#include "convert.hpp"
+
+namespace onchip::ONCHIP_ISA {
+
+template <class T>
+struct Left {  // A: element (row, step)
+    const T* data;
+    int64_t row, step;
+};
+
+// C[ROWS × kPanel] (+)= A[ROWS × steps] · B[steps × kPanel]
+template <class T, int ROWS, bool ADD>
+inline void tile_product(int64_t steps, Left<T> a, const T* b, int64_t b_step, T* c, int64_t c_row) {
+    constexpr int L = kLanes<T>;
+    Vec<T> sum[ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+        sum[r][0] = ADD ? load(c + r * c_row) : Vec<T>{};
+        sum[r][1] = ADD ? load(c + r * c_row + L) : Vec<T>{};
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+        const Vec<T> b0 = load(b), b1 = load(b + L);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec<T> x = broadcast(a.data[r * a.row]);
+            sum[r][0] += x * b0;
+            sum[r][1] += x * b1;
+        }
+        a.data += a.step;
+        b += b_step;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+        store(c + r * c_row, sum[r][0]);
+        store(c + r * c_row + L, sum[r][1]);
+    }
+}
+
+template <class T, bool ADD, int ROWS = kTileRows>
+inline void rows_product(int rows, int64_t steps, Left<T> a, const T* b, int64_t b_step, T* c, int64_t c_row) {
+    if (rows == ROWS) {
+        tile_product<T, ROWS, ADD>(steps, a, b, b_step, c, c_row);
+    } else if constexpr (ROWS > 1) {
+        rows_product<T, ADD, ROWS - 1>(rows, steps, a, b, b_step, c, c_row);
+    }
+}
+
+struct Range {
+    int64_t begin, end;
+};
+
+// A matrix B of `steps` lines; column panel p starts at data + p·panel, and its lines are `step` apart.
+template <class T>
+struct Right {
+    const T* data;
+    int64_t panel, step;
+};
+
+// C[rows × columns] (+)= A · B, `columns` a multiple of kPanel. A triangle need not be computed as a square:
+// `needed(row, rows, column)` gives the range of steps that the tile of those rows and that panel needs; an empty range
+// leaves C as it is.
+template <bool ADD, class T, class Needed>
+inline void product(Range rows, Range columns, Left<T> a, Right<T> b, T* c, int64_t c_row, const Needed& needed) {
+    for (int64_t column = columns.begin; column < columns.end; column += kPanel<T>) {
+        const T* panel = b.data + column / kPanel<T> * b.panel;
+        for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+            const int count = int(std::min<int64_t>(kTileRows, rows.end - row));
+            const Range steps = needed(row, count, column);
+            if (steps.begin >= steps.end) continue;
+            const Left<T> left{a.data + row * a.row + steps.begin * a.step, a.row, a.step};
+            rows_product<T, ADD>(count, steps.end - steps.begin, left, panel + steps.begin * b.step, b.step,
+                                 c + row * c_row + column, c_row);
+        }
+    }
+}
+
+// Packs the transpose of a row-major block into panels: to[panel][i][lane] = from[panel·kPanel + lane][i]; rows beyond
+// `rows` are zero.
+template <class T>
+void pack_transposed(T* to, const T* from, int64_t from_row, int64_t rows, int64_t columns) {
+    constexpr int W = kPanel<T>;
+    for (int64_t first = 0; first < rows; first += W, to += columns * W) {
+        const int64_t count = std::min<int64_t>(W, rows - first);
+        const T* block = from + first * from_row;
+        if (count == W) {
+            for (int64_t i = 0; i < columns; ++i)
+                for (int lane = 0; lane < W; ++lane) to[i * W + lane] = block[lane * from_row + i];
+        } else {
+            for (int64_t i = 0; i < columns; ++i)
+                for (int lane = 0; lane < W; ++lane) to[i * W + lane] = lane < count ? block[lane * from_row + i] : T(0);
+        }
+    }
+}
+
+}  // namespace onchip::ONCHIP_ISA

@@ -1,0 +1,143 @@
+// Vectors of one register, in the compiler's portable vector extension, and the elementary functions on them.
+//
+// Every file that includes this is compiled once per instruction set, with ONCHIP_ISA naming the namespace it lives in
+// and the compiler's own macros telling how wide a register is.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef ONCHIP_ISA
+#error "compile with -DONCHIP_ISA=<namespace of this instruction set>"
+#endif
+
+namespace onchip::ONCHIP_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 12;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 6;
+#endif
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+    typedef float type __attribute__((vector_size(kVectorBytes)));
+    typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecOf<double> {
+    typedef double type __attribute__((vector_size(kVectorBytes)));
+    typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+    typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+// Width of a column panel of the matrix product: two registers.
+template <class T>
+constexpr int kPanel = 2 * kLanes<T>;
+
+template <class T>
+inline Vec<T> load(const T* p) {
+    return *reinterpret_cast<const typename VecOf<T>::loose*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> x) {
+    *reinterpret_cast<typename VecOf<T>::loose*>(p) = x;
+}
+template <class T>
+inline Vec<T> broadcast(T x) {
+    return x - Vec<T>{};
+}
+
+template <class T>
+inline T horizontal_sum(Vec<T> x) {
+    T sum = x[0];
+    for (int i = 1; i < kLanes<T>; ++i) sum += x[i];
+    return sum;
+}
+template <class T>
+inline T horizontal_max(Vec<T> x) {
+    T top = x[0];
+    for (int i = 1; i < kLanes<T>; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+// Keeps `a` where `b` is NaN; the NaN then shows in the exponential.
+template <class T>
+inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+    return b > a ? b : a;
+}
+
+// 2^x for x ≤ 0. Exactly 0 below the exponent range and for -inf, NaN for NaN; relative error about one ulp.
+// x = r + f with r an integer and |f| ≤ 1/2: a polynomial for 2^f, and r put straight into the exponent's bits. Adding
+// 1.5·2^(mantissa bits) leaves r in the low bits of the sum.
+inline Vec<float> exp2(Vec<float> x) {
+    using Bits = VecOf<float>::bits;
+    const Vec<float> floor = broadcast(-127.0f);
+    x = x < floor ? floor : x;
+    const Vec<float> shifted = x + 12582912.0f;
+    const Vec<float> f = x - (shifted - 12582912.0f);
+    Vec<float> p = broadcast(1.5353362e-4f);
+    p = p * f + 1.3398874e-3f;
+    p = p * f + 9.6184370e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314720e-1f;
+    p = p * f + 1.0f;
+    const Bits exponent = (reinterpret_cast<Bits>(shifted) + 127) << 23;  // the magic number's own bits shift out
+    return p * reinterpret_cast<Vec<float>>(exponent);
+}
+inline Vec<double> exp2(Vec<double> x) {
+    using Bits = VecOf<double>::bits;
+    const Vec<double> floor = broadcast(-1023.0);
+    x = x < floor ? floor : x;
+    const Vec<double> shifted = x + 6755399441055744.0;
+    const Vec<double> f = (x - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
+    Vec<double> p = broadcast(1.0 / 6227020800.0);  // e^f by its Taylor series: |f| ≤ 0.35, so 13 terms reach 1e-16
+    p = p * f + 1.0 / 479001600.0;
+    p = p * f + 1.0 / 39916800.0;
+    p = p * f + 1.0 / 3628800.0;
+    p = p * f + 1.0 / 362880.0;
+    p = p * f + 1.0 / 40320.0;
+    p = p * f + 1.0 / 5040.0;
+    p = p * f + 1.0 / 720.0;
+    p = p * f + 1.0 / 120.0;
+    p = p * f + 1.0 / 24.0;
+    p = p * f + 1.0 / 6.0;
+    p = p * f + 0.5;
+    p = p * f + 1.0;
+    p = p * f + 1.0;
+    const Bits exponent = (reinterpret_cast<Bits>(shifted) + 1023) << 52;
+    return p * reinterpret_cast<Vec<double>>(exponent);
+}
+
+// tanh with a small relative error everywhere: x + x³·P(x²)/Q(x²) near zero, where 1 - 2/(e^2x + 1) would cancel.
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+    const Vec<T> size = x < 0 ? -x : x;
+    const Vec<T> e = exp2(size * T(-2.885390081777926814720));  // e^(-2|x|)
+    const Vec<T> far = (1 - e) / (1 + e);
+    const Vec<T> z = x * x;
+    const Vec<T> p = (z * T(-9.64399179425052238628e-1) + T(-9.92877231001918586564e1)) * z + T(-1.61468768441708447952e3);
+    const Vec<T> q = ((z + T(1.12811678491632931402e2)) * z + T(2.23548839060100448583e3)) * z + T(4.84406305325125486048e3);
+    const Vec<T> near = x + x * z * (p / q);
+    return size < T(0.625) ? near : (x < 0 ? -far : far);
+}
+
+}  // namespace onchip::ONCHIP_ISA

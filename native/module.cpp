@@ -1,0 +1,127 @@
+// The Python module: tensors come as (address, element type, strides), so that a call costs a microsecond.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "attention/problem.hpp"
+#include "common/scratch.hpp"
+
+#define ONCHIP_DECLARE(isa)                              \
+    namespace onchip::isa {                              \
+    extern const onchip::attention::Kernels attention_kernels; \
+    }
+ONCHIP_DECLARE(baseline)
+#ifdef ONCHIP_X86
+ONCHIP_DECLARE(avx2)
+ONCHIP_DECLARE(avx512)
+#endif
+
+namespace nb = nanobind;
+using namespace onchip;
+
+namespace {
+
+// Best first.
+std::vector<const attention::Kernels*> supported() {
+    std::vector<const attention::Kernels*> kernels;
+#ifdef ONCHIP_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        kernels.push_back(&avx512::attention_kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2::attention_kernels);
+#endif
+    kernels.push_back(&baseline::attention_kernels);
+    return kernels;
+}
+
+const attention::Kernels* chosen = supported().front();
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const auto* kernels : supported()) names.emplace_back(kernels->name);
+    return names;
+}
+
+void use_instruction_set(const std::string& name) {
+    for (const auto* kernels : supported()) {
+        if (kernels->name == name) {
+            chosen = kernels;
+            return;
+        }
+    }
+    throw std::invalid_argument("instruction set not supported by this processor: " + name);
+}
+
+// (address, element type, four strides)
+using Described = std::array<int64_t, 6>;
+
+Tensor tensor(const std::optional<Described>& d) {
+    if (!d) return {};
+    return {reinterpret_cast<char*>((*d)[0]), DType((*d)[1]), {(*d)[2], (*d)[3], (*d)[4], (*d)[5]}};
+}
+
+// (batch, Tq, Tk, heads, kv_heads, head_dim, value_dim, left, right, threads)
+using Sizes = std::array<int64_t, 10>;
+
+attention::Problem problem(const Sizes& n, double scale, double softcap, const std::vector<int64_t>& starts_q,
+                           const std::vector<int64_t>& starts_k, const std::array<std::optional<Described>, 8>& tensors) {
+    attention::Problem p;
+    const bool packed = !starts_q.empty();
+    for (int64_t b = 0; b < n[0]; ++b) {
+        if (packed) {
+            p.sequences.push_back({0, starts_q[b], starts_q[b + 1] - starts_q[b], starts_k[b], starts_k[b + 1] - starts_k[b], b});
+        } else {
+            p.sequences.push_back({b, 0, n[1], 0, n[2], b});
+        }
+    }
+    p.heads = n[3];
+    p.kv_heads = n[4];
+    p.head_dim = n[5];
+    p.value_dim = n[6];
+    p.left = n[7];
+    p.right = n[8];
+    p.threads = int(n[9]);
+    p.scale = scale;
+    p.softcap = softcap;
+    Tensor* const targets[] = {&p.q, &p.k, &p.v, &p.out, &p.lse, &p.bias, &p.slopes, &p.sinks};
+    for (size_t i = 0; i < tensors.size(); ++i) *targets[i] = tensor(tensors[i]);
+    return p;
+}
+
+using Tensors = std::array<std::optional<Described>, 8>;
+
+void attention_forward(const Sizes& sizes, double scale, double softcap, const std::vector<int64_t>& starts_q,
+                       const std::vector<int64_t>& starts_k, const Tensors& tensors) {
+    const attention::Problem p = problem(sizes, scale, softcap, starts_q, starts_k, tensors);
+    nb::gil_scoped_release release;
+    chosen->forward(p);
+}
+
+void attention_backward(const Sizes& sizes, double scale, double softcap, const std::vector<int64_t>& starts_q,
+                        const std::vector<int64_t>& starts_k, const Tensors& tensors, const Tensors& gradients,
+                        const std::array<int64_t, 4>& bias_shape) {
+    const attention::Problem p = problem(sizes, scale, softcap, starts_q, starts_k, tensors);
+    attention::Gradients g{tensor(gradients[0]), tensor(gradients[1]), tensor(gradients[2]), tensor(gradients[3]),
+                           tensor(gradients[4]), tensor(gradients[5]), {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]},
+                           tensor(gradients[6]), tensor(gradients[7])};
+    nb::gil_scoped_release release;
+    chosen->backward(p, g);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "onchip's native CPU kernels; the functions in onchip.ops are the way in.";
+    m.def("instruction_sets", instruction_sets, "Instruction sets this processor can run, best first.");
+    m.def("instruction_set", [] { return chosen->name; }, "The instruction set in use.");
+    m.def("use_instruction_set", use_instruction_set, "Use another of `instruction_sets`; for tests.");
+    m.def("poison_scratch", poison_scratch, "Fill working memory with NaNs before every use; for tests.");
+    m.def("attention_forward", attention_forward);
+    m.def("attention_backward", attention_backward);
+}

@@ -1,0 +1,173 @@
+"""Exact attention without a T×T matrix in memory: the public functions and their argument checks."""
+
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from onchip.ops import _select
+from onchip.ops.attention import checks, cpu, op, reference
+
+Backend = Literal["cpu", "reference"]
+Window = tuple[int | None, int | None]
+
+IMPLEMENTATIONS = (
+    _select.Implementation("cpu", cpu.refusal),
+    _select.Implementation("reference", lambda *tensors: None),
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Exact softmax attention, in memory linear in the sequence length.
+
+    For query head h, with key head h // (H / Hk) and query i sitting on key p = i + Tk - Tq (masks are aligned at the
+    last query and the last key):
+
+        t[i, j] = scale · q[i] · k[j]
+        s[i, j] = softcap · tanh(t[i, j] / softcap) - slope[h] · |p - j| + bias[h, i, j]      (-inf where masked)
+        lse[i]  = log(Σ_j exp s[i, j] + exp sink[h])
+        out[i]  = Σ_j exp(s[i, j] - lse[i]) · v[j]
+
+    The softcap, slope, bias and sink terms are there only where the arguments are. A row that sees nothing gives zeros.
+
+    Args:
+        q: `(B, Tq, H, D)`, or `(total_q, H, D)` with `cu_seqlens_q`; float64, float32, bfloat16 or float16, any strides.
+        k: `(B, Tk, Hk, D)` or `(total_k, Hk, D)`; H a multiple of Hk (grouped-query and multi-query attention).
+        v: `(B, Tk, Hk, Dv)` or `(total_k, Hk, Dv)`; Dv may differ from D. Head dims from 1 to 512 run in the kernels.
+        causal: query i sees keys j ≤ p.
+        window: `(left, right)`: query i sees keys p - left ≤ j ≤ p + right; None on a side for no limit there.
+            With `causal`, right is 0.
+        scale: finite factor of q·k; by default 1/√D.
+        softcap: bounds the logits to (-softcap, softcap); 0 for none.
+        bias: broadcastable to `(B, H, Tq, Tk)`; floating (added) or boolean (True = attend). For packed sequences Tq and
+            Tk are the longest lengths, and each sequence reads the top-left corner.
+        alibi_slopes: `(H,)` or `(B, H)`, floating: penalty per unit of distance.
+        sinks: `(H,)`, floating: one more logit per head that takes probability and gives no value.
+        cu_seqlens_q: `(B + 1,)` int32 or int64, from 0 to total_q, not descending: sequence b is rows
+            `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`.
+        cu_seqlens_k: the same for k and v; by default `cu_seqlens_q`.
+        backend: "cpu" or "reference" asks for an implementation and raises where it cannot serve; by default the fastest
+            that can. See `onchip.explain`.
+
+    Returns:
+        `(B, Tq, H, Dv)` or `(total_q, H, Dv)`, in q's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, lengths or values that do not fit, naming the argument, what was expected and what came.
+        TypeError: dtypes or devices that do not fit.
+
+    Numerics: products and sums accumulate in float32 (float64 for float64); probabilities are never rounded to a 16-bit
+    type. The same bits on every run, and a row's bits do not depend on the rest of the batch.
+    Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward; memory for the output and B·H·Tq
+    log-sum-exps. Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
+    Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+
+    Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691).
+    Here the causal mask is aligned bottom-right (PyTorch's `is_causal` is top-left), empty rows give lse = -inf, and
+    gradients flow through lse.
+
+    >>> import torch, onchip
+    >>> q, k = torch.randn(2, 5, 8, 16), torch.randn(2, 7, 2, 16)
+    >>> onchip.attention(q, k, k, causal=True, window=(3, None)).shape
+    torch.Size([2, 5, 8, 16])
+    """
+    return attention_with_lse(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        backend=backend,
+    )[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` together with its log-sum-exp, through which gradients flow too.
+
+    Takes and raises what `attention` does, at the same cost.
+
+    Returns:
+        `out` as `attention` returns it, and `lse`, the natural logarithm of each row's sum of exponentials (the sink's
+        included): `(B, H, Tq)`, packed `(H, total_q)`; float32, float64 for float64. -inf for a row that sees nothing.
+
+    >>> import torch, onchip
+    >>> q, k = torch.randn(1, 3, 2, 8), torch.randn(1, 4, 2, 8)
+    >>> out, lse = onchip.attention_with_lse(q, k, k)
+    >>> torch.allclose(lse, (torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5).logsumexp(-1), atol=1e-6)
+    True
+    """
+    q, k, v = checks.autocast(q, k, v)
+    checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if cu_seqlens_q is not None and cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    left, right = checks.reach(causal, window)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and not negative (0 for none), got {softcap}")
+    if bias is not None or alibi_slopes is not None or sinks is not None:
+        checks.check_score_terms(q, k, bias, alibi_slopes, sinks, cu_seqlens_q)
+    if _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v) == "reference":
+        if cu_seqlens_q is not None and not torch.compiler.is_compiling():
+            checks.check_lengths(q, k, bias, cu_seqlens_q, cast(Tensor, cu_seqlens_k))
+        return reference.attention_with_lse(
+            q,
+            k,
+            v,
+            left=left,
+            right=right,
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+    return op.attention(
+        q, k, v, left, right, float(scale), float(softcap), bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k
+    )
+
+
+for _function in (attention, attention_with_lse):
+    _select.register(_function, IMPLEMENTATIONS)

@@ -1,0 +1,141 @@
+"""What a call to attention must satisfy, and the sentences that say so when it does not."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as PyTorch's autocast wants them for its own attention: in the low precision, except float64."""
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
+
+
+def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """The window's `(left, right)` as integers, -1 for unbounded."""
+    if window is None:
+        return (-1, 0) if causal else (-1, -1)
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right) of integers or None, got {window!r}")
+    for name, side in zip(("left", "right"), window, strict=True):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise ValueError(f"window's {name} must be None (unbounded) or an integer of at least 0, got {side!r}")
+    left, right = (-1 if side is None else side for side in window)
+    return left, 0 if causal else right
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    """q, k, v and the boundaries fit each other in type, rank and shape."""
+    packed = cu_seqlens_q is not None
+    if not packed and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is")
+    rank = 3 if packed else 4
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        if x.ndim != rank:
+            layout = "(total, heads, dim), as cu_seqlens_q is given" if packed else "(batch, time, heads, dim)"
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(
+                f"{name} must have q's dtype and device ({q.dtype}, {q.device}), got ({x.dtype}, {x.device})"
+            )
+    heads, head_dim = q.shape[-2:]
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k must have q's head dim {head_dim}, got shape {tuple(k.shape)}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"v must have k's batch, time and heads {tuple(k.shape[:-1])} before its head dim, got shape {tuple(v.shape)}"
+        )
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
+    if head_dim == 0 or v.shape[-1] == 0:
+        raise ValueError(f"head dims must be at least 1, got {head_dim} for q and k, {v.shape[-1]} for v")
+    if k.shape[-2] == 0 or heads % k.shape[-2] != 0:
+        raise ValueError(f"q's heads must be a multiple of k's, got {heads} and {k.shape[-2]}")
+    if packed:
+        _check_boundaries(q, cu_seqlens_q, cu_seqlens_k)
+
+
+def _check_boundaries(q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu is None:
+            continue
+        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(cu, 'dtype', type(cu).__name__)}")
+        if cu.device != q.device:
+            raise TypeError(f"{name} must be on q's device {q.device}, got {cu.device}")
+        if cu.ndim != 1 or cu.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(cu.shape)}")
+        if cu_seqlens_q is not None and cu.shape != cu_seqlens_q.shape:
+            raise ValueError(f"{name} must have cu_seqlens_q's length {cu_seqlens_q.shape[0]}, got {cu.shape[0]}")
+
+
+def check_score_terms(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+) -> None:
+    """Bias, slopes and sinks fit q and k; for packed sequences the bias's lengths are left to `check_lengths`."""
+    heads = q.shape[-2]
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    for name, x in (("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES and not (name == "bias" and x.dtype == torch.bool):
+            kinds = "floating or boolean" if name == "bias" else "floating"
+            raise TypeError(f"{name} must be {kinds}, got {x.dtype}")
+        if x.device != q.device:
+            raise TypeError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if alibi_slopes is not None and alibi_slopes.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), got {tuple(sinks.shape)}")
+    if bias is not None:
+        lengths = ("Tq", "Tk") if cu_seqlens_q is not None else (q.shape[1], k.shape[1])
+        full = (batch, heads, *lengths)
+        sizes = [n for n in full if isinstance(n, int)]
+        if bias.ndim > 4 or any(
+            got not in (1, want) for got, want in zip(_pad_shape(bias), full, strict=True) if want in sizes
+        ):
+            shown = ", ".join(map(str, full))
+            raise ValueError(f"bias must be broadcastable to ({shown}), got shape {tuple(bias.shape)}")
+
+
+def check_lengths(q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """The boundaries' values make sense; reads them, so it runs where the op runs and not where it is traced."""
+    longest = []
+    for name, cu, x in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
+        starts = cu.tolist()
+        if starts[0] != 0 or starts[-1] != x.shape[0]:
+            raise ValueError(
+                f"{name} must run from 0 to the number of rows {x.shape[0]}, got {starts[0]} to {starts[-1]}"
+            )
+        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        if min(lengths, default=0) < 0:
+            at = next(i for i, n in enumerate(lengths) if n < 0)
+            raise ValueError(
+                f"{name} must not descend, got {starts[at]} followed by {starts[at + 1]} at index {at + 1}"
+            )
+        longest.append(max(lengths, default=0))
+    if bias is not None and any(got not in (1, want) for got, want in zip(_pad_shape(bias)[2:], longest, strict=True)):
+        raise ValueError(
+            f"bias must be broadcastable to the longest lengths ({longest[0]}, {longest[1]}) in its last two "
+            f"dimensions, got shape {tuple(bias.shape)}"
+        )
+
+
+def _pad_shape(bias: Tensor) -> tuple[int, ...]:
+    return (1,) * (4 - bias.ndim) + tuple(bias.shape)
