@@ -1,0 +1,5 @@
+"""`python -m onchip` is the `onchip` command."""
+
+from onchip.cli import main
+
+main()

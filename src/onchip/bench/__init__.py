@@ -1,0 +1,1 @@
+"""Measuring: onchip against its peers, side by side in one process, as ratios; what `onchip bench` runs."""

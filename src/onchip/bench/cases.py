@@ -1,0 +1,118 @@
+"""What `onchip bench attention` measures: the cases, by suite, and how much work each is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Suite = Literal["forward", "backward", "bf16", "window", "decode", "memory", "overhead"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+WIDTH = 512  # heads × head_dim of the square cases
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+QUICK_LENGTHS = (512, 1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention. `window` counts the keys a query sees, itself the last (left = window - 1)."""
+
+    suite: Suite
+    dtype: Dtype
+    heads: int
+    heads_kv: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    causal: bool = False
+    window: int | None = None
+    grad: bool = False
+    batch: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """How many (query, key) pairs of one head are not masked."""
+        if not self.causal:
+            return self.q_len * self.k_len
+        last_keys = range(self.k_len - self.q_len + 1, self.k_len + 1)
+        return sum(min(keys, self.window or keys) for keys in last_keys)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations: two products of matrices forward, five more backward."""
+        forward = 4.0 * self.batch * self.heads * self.pairs * self.head_dim
+        return forward * 3.5 if self.grad else forward
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of K and V, which a decode step has to read."""
+        return 2 * self.batch * self.k_len * self.heads_kv * self.head_dim * BYTES[self.dtype]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What tells the case from others, in words."""
+        lengths = f"T {self.q_len}" if self.q_len == self.k_len else f"Tq {self.q_len}, Tk {self.k_len}"
+        heads = f"H {self.heads}" if self.heads == self.heads_kv else f"H {self.heads}/{self.heads_kv}"
+        mask = f"window {self.window}" if self.window else "causal" if self.causal else "full"
+        return (self.dtype, lengths, f"{heads}, D {self.head_dim}", mask, "both passes" if self.grad else "forward")
+
+    @property
+    def label(self) -> str:
+        """The same on one line."""
+        return " ".join(self.labels)
+
+
+def cases(
+    suite: Suite,
+    *,
+    dtypes: Sequence[Dtype] = (),
+    lengths: Sequence[int] = (),
+    head_dims: Sequence[int] = (),
+    quick: bool = False,
+) -> Iterator[Case]:
+    """The cases of a suite; what is not given has the suite's own default.
+
+    >>> [case.label for case in cases("forward", lengths=[512], head_dims=[64])]
+    ['float32 T 512 H 8, D 64 full forward', 'float32 T 512 H 8, D 64 causal forward']
+    """
+    default_dtypes: dict[Suite, Sequence[Dtype]] = {"bf16": ["bfloat16"], "decode": ["float32", "bfloat16"]}
+    default_dims: dict[Suite, Sequence[int]] = {"decode": [128], "memory": [64], "overhead": [64]}
+    for dtype in dtypes or default_dtypes.get(suite, ["float32"]):
+        for head_dim in head_dims or default_dims.get(suite, [64, 128]):
+            for length in lengths or _default_lengths(suite, quick):
+                yield from _variants(suite, dtype, length, head_dim)
+
+
+def _default_lengths(suite: Suite, quick: bool) -> Sequence[int]:
+    match suite:
+        case "bf16":  # SDPA needs 15 s for one pass over 4096 on two cores
+            return QUICK_LENGTHS if quick else LENGTHS[:3]
+        case "window":
+            return [1024 if quick else 4096]
+        case "decode":
+            return [4096 if quick else 32768]
+        case "memory":
+            return [1024 if quick else 8192]
+        case "overhead":
+            return [8]
+        case _:
+            return QUICK_LENGTHS if quick else LENGTHS
+
+
+def _variants(suite: Suite, dtype: Dtype, length: int, head_dim: int) -> Iterator[Case]:
+    heads = max(1, WIDTH // head_dim)
+    if suite == "decode":
+        yield Case(suite, dtype, 32, 8, 1, length, head_dim)
+    elif suite == "overhead":
+        yield Case(suite, dtype, 1, 1, length, length, head_dim)
+    elif suite == "window":
+        for grad in (False, True):
+            yield Case(suite, dtype, heads, heads, length, length, head_dim, causal=True, window=256, grad=grad)
+    elif suite == "memory":
+        for grad in (False, True):
+            yield Case(suite, dtype, heads, heads, length, length, head_dim, grad=grad)
+    else:
+        for causal in (False, True):
+            yield Case(suite, dtype, heads, heads, length, length, head_dim, causal, grad=suite in ("backward", "bf16"))

@@ -1,0 +1,83 @@
+"""What a person sees while a benchmark runs, and when it is done."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from onchip.bench.cases import Case
+from onchip.bench.rows import Row
+from onchip.bench.timing import Quartiles
+
+NAMES = {"sdpa": "SDPA", "sdpa_flash": "flash", "sdpa_math": "math", "flex": "flex", "onchip": "onchip",
+         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN"}  # fmt: skip
+CEILINGS = {"mm": "torch.mm", "read": "memory rate"}
+
+console = Console()
+
+
+def progress(plan: Sequence[Case]) -> Iterator[Case]:
+    """The cases one by one, with a bar and the time left. It is drawn between cases, never while one is timed."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=sum(_weight(case) for case in plan))
+        for case in plan:
+            bar.update(task, description=case.label, refresh=True)
+            yield case
+            bar.update(task, advance=_weight(case))
+
+
+def _weight(case: Case) -> float:
+    """Short cases take the time they are given, long ones what five rounds need."""
+    return 1 + case.operations / 1e11
+
+
+def show(suite: str, rows: Sequence[Row]) -> None:
+    """A table of one suite's rows."""
+    if not rows:
+        return
+    machine, served = rows[0].machine, ", ".join(dict.fromkeys(row.served_by for row in rows))
+    columns = list(zip(*(row.case.labels for row in rows), strict=True))
+    common = [column[0] for column in columns if len(set(column)) == 1]
+    varying = [column for column in columns if len(set(column)) > 1]
+    peers = list(dict.fromkeys(name for row in rows for name in (row.ratio or row.extra) if name != "onchip"))
+    table = Table(box=box.SIMPLE_HEAD)
+    for _ in varying:
+        table.add_column(no_wrap=True)
+    table.add_column("onchip", justify="right", no_wrap=True)
+    if rows[0].of:
+        table.add_column(f"of {CEILINGS[rows[0].of]}", justify="right")
+    for peer in peers:
+        table.add_column(NAMES[peer] if rows[0].extra else f"over {NAMES[peer]}", justify="right", no_wrap=True)
+    for row, *labels in zip(rows, *varying, strict=True):
+        figures = _extra(row, peers) if row.extra else _times(row, peers)
+        table.add_row(*labels, *figures)
+    console.print(f"[bold]attention, {suite}[/bold]: {', '.join(common)}", highlight=False)
+    console.print(
+        f"{machine.name}, {machine.threads} threads, malloc {machine.malloc}; served by {served}", style="dim"
+    )
+    console.print(table)
+
+
+def _extra(row: Row, peers: Sequence[str]) -> list[str]:
+    return [f"{row.extra[name]:+.1%}" if name in row.extra else "" for name in ("onchip", *peers)]
+
+
+def _times(row: Row, peers: Sequence[str]) -> list[str]:
+    ratios = [_ratio(row.ratio[peer]) if peer in row.ratio else "" for peer in peers]
+    return [duration(row.ms["onchip"].median), f"{row.fraction['onchip']:.0%}", *ratios]
+
+
+def duration(milliseconds: float) -> str:
+    """A time, with a unit that suits it.
+
+    >>> duration(0.0123), duration(4.5678)
+    ('12.3 µs', '4.57 ms')
+    """
+    return f"{milliseconds * 1e3:.3g} µs" if milliseconds < 1 else f"{milliseconds:.4g} ms"
+
+
+def _ratio(values: Quartiles) -> str:
+    return f"{values.median:.2f} ({values.low:.2f}–{values.high:.2f})"

@@ -1,0 +1,133 @@
+"""`onchip bench`: onchip against its peers, side by side."""
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from onchip.bench import machine
+from onchip.bench.cases import DTYPES, SUITES, cases
+from onchip.cli.errors import Failure
+from onchip.cli.values import choices, integers
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure an operation against its peers, interleaved in one process. Figures are ratios.",
+    no_args_is_help=True,
+)
+
+
+@bench.callback()
+def _group() -> None:
+    pass
+
+
+@bench.command()
+def attention(
+    suite: Annotated[str, typer.Option(metavar="SUITE,…", help="What to measure.", show_default="all")] = ",".join(
+        SUITES
+    ),
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE,…", help="Instead of the suite's own.")] = None,
+    lengths: Annotated[str | None, typer.Option(metavar="T,T,…", help="Instead of the suite's own.")] = None,
+    head_dims: Annotated[str | None, typer.Option(metavar="D,D,…", help="Instead of the suite's own.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    malloc: Annotated[
+        Literal["default", "tuned", "both"],
+        typer.Option(help="glibc's own settings, or set to keep freed memory, which helps PyTorch most."),
+    ] = "default",
+    flex: Annotated[
+        bool, typer.Option("--flex", help="Also compiled flex_attention; 10 s more for each case.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Short sequences and few rounds: a minute, rough.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on a case, at least five rounds.")] = 3.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for attention.jsonl and attention.png.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="The same into benchmarks/results/, by device.")] = False,
+) -> None:
+    """Measure onchip.attention against PyTorch's scaled_dot_product_attention (flash and math) and flex_attention.
+
+    Before a case is timed its result, gradients included, must be as close to float64 as the tests ask. The contenders
+    then take turns for many rounds. A ratio is the peer's time over onchip's: the median over the rounds, the quartiles
+    beside it. Each figure is also a fraction of what torch.mm reaches at the same precision in the same rounds or, for
+    decode, of the rate at which memory is read.
+
+    * **forward**, **backward**: float32, full and causal, T 512 to 8192; backward is both passes
+    * **bf16**: both passes in bfloat16
+    * **window**: 256 keys at T 4096
+    * **decode**: one query, 32 heads on 8 key heads, Tk 32768
+    * **memory**: the peak beyond inputs and outputs, at T 8192
+    * **overhead**: a tiny call
+
+    For example: `onchip bench attention --suite forward --lengths 1024,4096 --malloc both`
+    """
+    if malloc == "both" or dict(os.environ) != machine.environment(malloc):
+        raise typer.Exit(_in_fresh_processes(["default", "tuned"] if malloc == "both" else [malloc]))
+    if record and out is not None:
+        raise Failure("--record and --out name two places; give one", exit_code=2)
+    plan = [
+        case
+        for name in choices("--suite", suite, SUITES)
+        for case in cases(
+            name,
+            dtypes=choices("--dtype", dtype, DTYPES) if dtype else (),
+            lengths=integers("--lengths", lengths) if lengths else (),
+            head_dims=integers("--head-dims", head_dims) if head_dims else (),
+            quick=quick,
+        )
+    ]
+
+    import torch
+
+    from onchip.bench import plot, report, rows
+    from onchip.bench.attention import measure
+
+    torch.set_num_threads(threads or machine.cores())
+    here = machine.describe(device, malloc)
+    folder = _results() / here.slug if record else out
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    measured = functools.partial(
+        measure,
+        device=torch.device(device),
+        machine=here,
+        seconds=0.3 if quick else seconds,
+        min_rounds=3 if quick else 5,
+        flex=flex,
+    )
+    wrong = []
+    for name, group in itertools.groupby(report.progress(plan), key=lambda case: case.suite):
+        found = []
+        for case in group:
+            try:
+                found.append(measured(case))
+            except ArithmeticError as error:
+                wrong.append(str(error))
+                continue
+            if folder is not None:
+                rows.merge(folder / "attention.jsonl", found[-1:])
+        report.show(name, found)
+    if folder is not None:
+        print(plot.attention(folder))
+    if wrong:
+        raise Failure(f"not timed, being wrong: {'; '.join(wrong)}")
+
+
+def _in_fresh_processes(mallocs: list[machine.Malloc]) -> int:
+    """Run this command once for each setting: the allocator and the OpenMP runtime read theirs when they start."""
+    codes = []
+    for malloc in mallocs:
+        command = [sys.executable, "-m", "onchip", *sys.argv[1:], "--malloc", malloc]
+        codes.append(subprocess.run(command, env=machine.environment(malloc), check=False).returncode)
+    return max(codes, key=abs)
+
+
+def _results() -> Path:
+    benchmarks = Path(__file__).parents[3] / "benchmarks"
+    if not benchmarks.is_dir():
+        raise Failure("--record needs the source tree; --out DIR writes anywhere", exit_code=2)
+    return benchmarks / "results"

@@ -1,0 +1,42 @@
+"""The package as it is installed."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import onchip
+import pytest
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules a fresh interpreter has loaded after `statement`."""
+    code = f"import json, sys\n{statement}\njson.dump(sorted(sys.modules), sys.stdout)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout))
+
+
+def test_native_kernels_are_built():
+    if importlib.util.find_spec("onchip._native") is None:
+        assert "ONCHIP_REQUIRE_NATIVE" not in os.environ, "onchip._native was not built"
+        pytest.skip("onchip._native was not built here: the reference serves")
+
+
+def test_version_is_the_metadatas():
+    assert importlib.metadata.version("onchip") == onchip.__version__
+
+
+def test_types_are_shipped():
+    assert importlib.resources.files("onchip").joinpath("py.typed").is_file()
+
+
+def test_import_is_light():
+    loaded = loaded_by("import onchip")
+    assert not loaded & {"triton", "matplotlib", "typer", "rich", "transformers", "flash_attn", "mamba_ssm"}
+
+
+def test_command_line_does_not_load_torch_to_explain_itself():
+    loaded = loaded_by("import onchip.cli\ntry: onchip.cli.main(['--help'])\nexcept SystemExit: pass\nsys.stdout.flush()")
+    assert "torch" not in loaded
