@@ -8,7 +8,7 @@ from collections.abc import Iterable
 class ByteTokenizer:
     """Every byte is a token; one more, `boundary_id`, stands at the start of each document.
 
-    Any bytes are valid text, so encoding never fails and decoding loses nothing. Predicting the boundary ends a document.
+    Any bytes are valid text: encoding never fails, decoding loses nothing. Predicting the boundary ends a document.
 
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("né")

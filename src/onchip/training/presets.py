@@ -1,0 +1,55 @@
+"""Runs with a name: settings that were measured to go together."""
+
+from __future__ import annotations
+
+from onchip.data import ByteTokenizer
+from onchip.models import ModelConfig
+from onchip.training.config import TrainConfig
+
+
+def _model(*, d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
+    """Attention throughout; the MLP's width makes it as large as two plain layers of 4 × d_model, in steps of 32."""
+    return ModelConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        d_model=d_model,
+        layers=[{"mixer": "attention", "n_heads": n_heads}] * n_layers,
+        d_mlp=-(-8 * d_model // 3 // 32) * 32,
+    )
+
+
+PRESETS = {
+    "tiny": TrainConfig(
+        model=_model(d_model=32, n_layers=2, n_heads=2),
+        steps=60,
+        batch=8,
+        context=64,
+        lr=1e-2,
+        warmup=10,
+        evaluate_every=20,
+        evaluate_windows=32,
+        checkpoint_every=20,
+    ),
+    "demo": TrainConfig(
+        model=_model(d_model=128, n_layers=4, n_heads=4),
+        steps=400,
+        batch=16,
+        context=256,
+        lr=3e-3,
+        warmup=40,
+        evaluate_every=50,
+        evaluate_windows=128,
+        checkpoint_every=50,
+    ),
+    "small": TrainConfig(
+        model=_model(d_model=256, n_layers=6, n_heads=4),
+        steps=2000,
+        batch=16,
+        context=512,
+        lr=2e-3,
+        warmup=100,
+        evaluate_every=100,
+        evaluate_windows=128,
+        checkpoint_every=100,
+    ),
+}
+"""`tiny` takes seconds and shows that all works; `demo` takes 3 to 5 minutes on two cores, `small` half an hour."""
