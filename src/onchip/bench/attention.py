@@ -6,11 +6,12 @@ PyTorch's functions. Nothing but the call is timed.
 
 import dataclasses
 import datetime
+import functools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,43 +141,59 @@ def measure(
     """
     runners = {name: contender(name, case, device) for name in ["onchip", *peers(case, device, flex=flex)]}
     check(case, *list(runners.values())[:2])
+    threads = 1 if case.suite == "overhead" else machine.threads  # the price of a call, not of waking threads
     row = Row(
         case=case,
-        machine=machine,
+        machine=dataclasses.replace(machine, threads=threads),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         served_by=served_by(case, device),
     )
     if case.suite == "memory":
         extra = {name: _significant(memory.extra_in_subprocess(case, name, device)) for name in runners}
         return dataclasses.replace(row, extra=extra)
-    ceiling, ceiling_work, ceiling_call = _ceiling(case, device)
-    candidates = {name: Candidate(c.call, c.scope) for name, c in runners.items()} | {ceiling: Candidate(ceiling_call)}
-    times = interleave(candidates, device, seconds=seconds, min_rounds=min_rounds)
-    work = (case.cache_bytes if ceiling == "read" else case.operations) / ceiling_work
+    ceiling = _ceiling(case, device)
+    candidates = {name: Candidate(c.call, c.scope) for name, c in runners.items()} | {ceiling.name: ceiling.candidate}
+    with _threads(threads):
+        times = interleave(candidates, device, seconds=seconds, min_rounds=min_rounds)
+    work = (case.cache_bytes if ceiling.name == "read" else case.operations) / ceiling.work
     return dataclasses.replace(
         row,
-        rounds=len(times[ceiling]),
+        rounds=len(times["onchip"]),
         ms={name: _rounded(quartiles([1e3 * t for t in values])) for name, values in times.items()},
         ratio={name: _rounded(ratio(times[name], times["onchip"])) for name in list(runners)[1:]},
-        of=ceiling,
-        fraction={name: _significant(work * ratio(times[ceiling], times[name]).median) for name in runners},
+        of=ceiling.name,
+        fraction={name: _significant(work * ratio(times[ceiling.name], times[name]).median) for name in runners},
     )
 
 
 def check(case: Case, ours: Contender, peer: Contender) -> None:
-    """Compare the first key head's group with float64: our error is at most twice the peer's, plus 4 ulps.
+    """Our error is at most twice the peer's, plus 4 ulps of the largest value.
 
     Raises:
         ArithmeticError: naming the tensor and both errors.
     """
-    results = zip(
-        ("out", "grad q", "grad k", "grad v"), truth(case, ours.inputs), ours.results(), peer.results(), strict=False
-    )
-    for name, want, *found in results:
-        error, yardstick = ((x[:, :, : want.shape[2]].double() - want).abs().max().item() for x in found)
-        ulp = torch.finfo(found[0].dtype).eps * want.abs().max().item()
-        if not error <= 2 * yardstick + 4 * ulp:
-            raise ArithmeticError(f"{case.label}: {name} is off by {error:.1e}, the peer's by {yardstick:.1e}")
+    for error in errors(case, ours, peer):
+        if not error.ours <= 2 * error.peer + 4 * error.ulp:
+            raise ArithmeticError(
+                f"{case.label}: {error.name} is off by {error.ours:.1e}, the peer's by {error.peer:.1e}"
+            )
+
+
+class Error(NamedTuple):
+    """The largest distance of a tensor's elements from float64, and the spacing of numbers near its largest value."""
+
+    name: str
+    ours: float
+    peer: float
+    ulp: float
+
+
+def errors(case: Case, ours: Contender, peer: Contender) -> Iterator[Error]:
+    """The errors of the output, and of the gradients where there are any, over the first key head's group."""
+    results = zip(truth(case, ours.inputs), ours.results(), peer.results(), strict=True)
+    for name, (want, *found) in zip(("out", "grad q", "grad k", "grad v"), results, strict=False):
+        our, other = ((x[:, :, : want.shape[2]].double() - want).abs().max().item() for x in found)
+        yield Error(name, our, other, torch.finfo(found[0].dtype).eps * want.abs().max().item())
 
 
 def truth(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -262,20 +279,37 @@ def _serves(name: str, case: Case, device: torch.device) -> bool:
     return True
 
 
-def _ceiling(case: Case, device: torch.device) -> tuple[str, float, Callable[[], object]]:
-    """What the case is held against: its name, the work of one call (operations or bytes), the call."""
+@dataclass(frozen=True)
+class Ceiling:
+    """What a case is held against; `work` is the operations, or for "read" the bytes, of one call."""
+
+    name: str
+    work: float
+    candidate: Candidate
+
+
+def _ceiling(case: Case, device: torch.device) -> Ceiling:
     if case.suite == "decode":
         cache = torch.ones(2**26, device=device)  # 256 MB, more than any cache holds
-        return "read", float(cache.nbytes), cache.sum
-    size, operand = 256, torch.randn(256, 256, device=device, dtype=getattr(torch, case.dtype))
-    while size < 2048 and _seconds_of_mm(operand, device) < 5e-3:
+        return Ceiling("read", cache.nbytes, Candidate(cache.sum))
+    size, dtype = 256, getattr(torch, case.dtype)
+    while True:
+        operand = torch.randn(size, size, device=device).to(dtype)
+        product = Candidate(functools.partial(torch.mm, operand, operand))
+        once = interleave({"mm": product}, device, seconds=0.0, min_rounds=1)["mm"][0]
+        if once > 5e-3 or size == 4096:  # long enough to be at full speed
+            return Ceiling("mm", 2.0 * size**3, product)
         size *= 2
-        operand = torch.randn(size, size, device=device, dtype=operand.dtype)
-    return "mm", 2.0 * size**3, lambda: operand @ operand
 
 
-def _seconds_of_mm(operand: Tensor, device: torch.device) -> float:
-    return interleave({"mm": Candidate(lambda: operand @ operand)}, device, seconds=0.0, min_rounds=1)["mm"][0]
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rounded(values: Quartiles) -> Quartiles:

@@ -13,7 +13,7 @@ from onchip.bench.timing import Quartiles
 
 NAMES = {"sdpa": "SDPA", "sdpa_flash": "flash", "sdpa_math": "math", "flex": "flex", "onchip": "onchip",
          "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN"}  # fmt: skip
-CEILINGS = {"mm": "torch.mm", "read": "memory rate"}
+CEILINGS = {"mm": "torch.mm", "read": "read rate"}
 
 console = Console()
 
@@ -50,7 +50,7 @@ def show(suite: str, rows: Sequence[Row]) -> None:
     if rows[0].of:
         table.add_column(f"of {CEILINGS[rows[0].of]}", justify="right")
     for peer in peers:
-        table.add_column(NAMES[peer] if rows[0].extra else f"over {NAMES[peer]}", justify="right", no_wrap=True)
+        table.add_column(NAMES[peer] if rows[0].extra else f"over {NAMES[peer]}", justify="right")
     for row, *labels in zip(rows, *varying, strict=True):
         figures = _extra(row, peers) if row.extra else _times(row, peers)
         table.add_row(*labels, *figures)
@@ -67,7 +67,8 @@ def _extra(row: Row, peers: Sequence[str]) -> list[str]:
 
 def _times(row: Row, peers: Sequence[str]) -> list[str]:
     ratios = [_ratio(row.ratio[peer]) if peer in row.ratio else "" for peer in peers]
-    return [duration(row.ms["onchip"].median), f"{row.fraction['onchip']:.0%}", *ratios]
+    fraction = [f"{row.fraction['onchip']:.0%}"] if row.of else []
+    return [duration(row.ms["onchip"].median), *fraction, *ratios]
 
 
 def duration(milliseconds: float) -> str:
@@ -80,4 +81,5 @@ def duration(milliseconds: float) -> str:
 
 
 def _ratio(values: Quartiles) -> str:
-    return f"{values.median:.2f} ({values.low:.2f}–{values.high:.2f})"
+    """The median and half the distance between the quartiles."""
+    return f"{values.median:.2f} ±{(values.high - values.low) / 2:.2f}"

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = _show_warning  # one line each, too
     try:
-        sys.exit(app(arguments, prog_name="onchip", standalone_mode=False))
+        sys.exit(app(arguments, prog_name="onchip", standalone_mode=False) or 0)
     except TyperException as error:
         _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

@@ -65,8 +65,6 @@ def attention(
 
     For example: `onchip bench attention --suite forward --lengths 1024,4096 --malloc both`
     """
-    if malloc == "both" or dict(os.environ) != machine.environment(malloc):
-        raise typer.Exit(_in_fresh_processes(["default", "tuned"] if malloc == "both" else [malloc]))
     if record and out is not None:
         raise Failure("--record and --out name two places; give one", exit_code=2)
     plan = [
@@ -80,6 +78,8 @@ def attention(
             quick=quick,
         )
     ]
+    if malloc == "both" or dict(os.environ) != machine.environment(malloc):
+        raise typer.Exit(_in_fresh_processes(["default", "tuned"] if malloc == "both" else [malloc]))
 
     import torch
 

@@ -1,0 +1,36 @@
+"""`onchip explain`."""
+
+import pytest
+
+from onchip.cli import main
+
+
+def explain(capsys, *arguments):
+    with pytest.raises(SystemExit) as exited:
+        main(["explain", "attention", *arguments])
+    return exited.value.code, capsys.readouterr().out
+
+
+def test_names_what_serves_and_what_does_not(capsys):
+    code, out = explain(capsys, "--shape", "1,8192,32,128", "--kv-shape", "1,8192,8,128", "--device", "cuda")
+    assert code == 0
+    assert "→ reference" in out
+    assert "cuda" in next(line for line in out.splitlines() if "cpu" in line)
+
+
+def test_says_when_the_backend_asked_for_cannot_serve(capsys):
+    code, out = explain(capsys, "--shape", "1,64,4,32", "--device", "cuda", "--backend", "cpu")
+    assert code == 1 and "→" not in out
+
+
+def test_tensors_are_not_allocated(capsys):
+    code, out = explain(capsys, "--shape", "1000,100000,64,512")  # 13 TB
+    assert code == 0 and "→" in out
+
+
+def test_takes_every_option(capsys):
+    code, out = explain(
+        capsys, "--shape", "2,7,4,8", "--v-dim", "3", "--dtype", "bfloat16", "--causal", "--window", "3,-",
+        "--backend", "reference",
+    )  # fmt: skip
+    assert code == 0 and "→ reference" in out
