@@ -100,16 +100,16 @@ public:
         const auto needed = [&](int64_t key, int count, int64_t) {
             return cut_ ? Range{seen_by_[key].begin, seen_by_[key + count - 1].end} : Range{0, count_};
         };
-        product<true>(columns_, {0, round_up(p_.value_dim, kPanel<T>)}, Left<T>{p_tile_, 1, s_pitch},
-                      Right<T>{grad_o_, kPanel<T>, o_pitch}, grad_v, o_pitch, needed);
-        product<true>(columns_, {0, round_up(p_.head_dim, kPanel<T>)}, Left<T>{ds_tile_, 1, s_pitch},
-                      Right<T>{q_, kPanel<T>, q_pitch}, grad_k, q_pitch, needed);
+        product<Into::add>(columns_, {0, round_up(p_.value_dim, kPanel<T>)}, Left<T>{p_tile_, 1, s_pitch},
+                      Right<T>{grad_o_, kPanel<T>, o_pitch}, Result<T>{grad_v, o_pitch}, needed);
+        product<Into::add>(columns_, {0, round_up(p_.head_dim, kPanel<T>)}, Left<T>{ds_tile_, 1, s_pitch},
+                      Right<T>{q_, kPanel<T>, q_pitch}, Result<T>{grad_k, q_pitch}, needed);
     }
 
     // grad_q[row of the block] += dS K
     void add_query_gradient(T* grad_q, int64_t grad_row) const {
-        product<true>({0, count_}, {0, round_up(p_.head_dim, kPanel<T>)}, Left<T>{ds_tile_, s_pitch, 1},
-                      Right<T>{k_rows_, kPanel<T>, q_pitch}, grad_q, grad_row, [&](int64_t row, int count, int64_t) {
+        product<Into::add>({0, count_}, {0, round_up(p_.head_dim, kPanel<T>)}, Left<T>{ds_tile_, s_pitch, 1},
+                      Right<T>{k_rows_, kPanel<T>, q_pitch}, Result<T>{grad_q, grad_row}, [&](int64_t row, int count, int64_t) {
                           return cut_ ? Range{std::max(columns_.begin, seen_[row].begin - first_),
                                               std::min(keys_seen_, seen_[row + count - 1].end - first_)}
                                       : Range{columns_.begin, keys_seen_};
@@ -138,8 +138,8 @@ private:
     }
 
     void multiply(const T* a, int64_t a_row, const T* panels, int64_t depth, T* to) const {
-        product<false>({0, count_}, columns_, Left<T>{a, a_row, 1}, Right<T>{panels, depth * kPanel<T>, kPanel<T>}, to,
-                       s_pitch, [&](int64_t row, int count, int64_t column) {
+        product<Into::set>({0, count_}, columns_, Left<T>{a, a_row, 1}, Right<T>{panels, depth * kPanel<T>, kPanel<T>},
+                       Result<T>{to, s_pitch}, [&](int64_t row, int count, int64_t column) {
                            const bool hidden = cut_ && (seen_[row + count - 1].end <= first_ + column ||
                                                         seen_[row].begin >= first_ + column + kPanel<T>);
                            return hidden ? Range{0, 0} : Range{0, depth};

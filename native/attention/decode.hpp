@@ -10,14 +10,14 @@
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "rows.hpp"
 #include "softmax.hpp"
 
 namespace onchip::ONCHIP_ISA {
 
-constexpr int64_t kStreamRows = 16;   // at most this many rows a key head
-constexpr int64_t kStreamSpan = 1024; // keys of a unit
-constexpr int64_t kStreamBlock = 64;  // keys worked on at once: their K and V stay in the second-level cache
-constexpr int kStreamTile = 4;        // rows in registers
+constexpr int64_t kStreamRows = 16;    // at most this many rows a key head
+constexpr int64_t kStreamSpan = 1024;  // keys of a unit
+constexpr int64_t kStreamBlock = 64;   // keys worked on at once: their K and V stay in the second-level cache
 
 inline bool streams(const Problem& p, const Sequence& s) {
     return s.q_length * p.group() <= kStreamRows && p.k.strides[3] == 1 && p.v.strides[3] == 1 &&
@@ -45,28 +45,6 @@ inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
 }
 #endif
 
-// Sums the lanes of `count` vectors.
-template <class T, int COUNT>
-inline void horizontal_sums(const Vec<T>* x, T* to) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, float> && COUNT == 8) {
-        typedef int32_t I __attribute__((vector_size(32)));
-        const auto pair = [](Vec<float> a, Vec<float> b) {
-            return __builtin_shuffle(a, b, I{0, 8, 1, 9, 4, 12, 5, 13}) + __builtin_shuffle(a, b, I{2, 10, 3, 11, 6, 14, 7, 15});
-        };
-        const auto join = [](Vec<float> a, Vec<float> b) {
-            return __builtin_shuffle(a, b, I{0, 1, 8, 9, 4, 5, 12, 13}) + __builtin_shuffle(a, b, I{2, 3, 10, 11, 6, 7, 14, 15});
-        };
-        const Vec<float> low = join(pair(x[0], x[1]), pair(x[2], x[3]));
-        const Vec<float> high = join(pair(x[4], x[5]), pair(x[6], x[7]));
-        store(to, __builtin_shuffle(low, high, I{0, 1, 2, 3, 8, 9, 10, 11}) +
-                      __builtin_shuffle(low, high, I{4, 5, 6, 7, 12, 13, 14, 15}));
-        return;
-    }
-#endif
-    for (int i = 0; i < COUNT; ++i) to[i] = horizontal_sum<T>(x[i]);
-}
-
 struct StreamUnit {
     int64_t sequence, kv_head;
     Range keys;
@@ -74,22 +52,32 @@ struct StreamUnit {
 };
 
 template <class T>
-struct Partials {
-    Running<T>* run;
+struct Partials {  // per unit and row: maximum, sum, and Σ p·v
+    T* top;
+    T* sum;
     T* out;
     int64_t pitch;
+
+    Partials(Scratch& scratch, int64_t count, int64_t dim)
+        : top(scratch.take<T>(count)), sum(scratch.take<T>(count)), out(scratch.take<T>(count * width(dim))),
+          pitch(width(dim)) {}
+    static int64_t width(int64_t dim) { return round_up(dim, kPanel<T>); }
+    static size_t need(int64_t count, int64_t dim) {
+        return 2 * Scratch::need<T>(count) + Scratch::need<T>(count * width(dim));
+    }
 };
 
 template <class T, class S>
 class StreamWorker {
 public:
-    StreamWorker(const Problem& p, Partials<T> partials, Scratch& scratch)
+    StreamWorker(const Problem& p, const Partials<T>& partials, Scratch& scratch)
         : p_(p), partials_(partials), q_(scratch.take<T>(kStreamRows * p.head_dim)),
-          s_(scratch.take<T>(kStreamRows * kStreamBlock)), buffer_(scratch.take<T>(kStreamBlock)) {}
+          s_(scratch.take<T>(kStreamRows * kStreamBlock)), buffer_(scratch.take<T>(kStreamBlock)),
+          factor_(scratch.take<T>(kStreamRows)), run_(scratch, kStreamRows) {}
 
     static size_t need(const Problem& p) {
         return Scratch::need<T>(kStreamRows * p.head_dim) + Scratch::need<T>(kStreamRows * kStreamBlock) +
-               Scratch::need<T>(kStreamBlock);
+               Scratch::need<T>(kStreamBlock) + Scratch::need<T>(kStreamRows) + Running<T>::need(kStreamRows);
     }
 
     void run(const StreamUnit& unit) {
@@ -98,26 +86,18 @@ public:
         const int64_t rows = s.q_length * p_.group();
         read_queries(p_, p_.q, s, unit.kv_head, 0, rows, p_.head_dim, T(query_factor(p_)), q_, p_.head_dim);
         T* const out = partials_.out + unit.partial * partials_.pitch;
-        Running<T>* const run = partials_.run + unit.partial;
         std::fill(out, out + rows * partials_.pitch, T(0));
-        std::fill(run, run + rows, Running<T>{});
+        run_.clear(0, kStreamRows);
         for (int64_t first = unit.keys.begin; first < unit.keys.end; first += kStreamBlock) {
-            const int64_t count = std::min(kStreamBlock, unit.keys.end - first);
-            const int64_t next = std::min(kStreamBlock, unit.keys.end - first - count);
-            prefetch(p_.v, s, unit.kv_head, first, count, p_.value_dim);
-            dots(rows, key_at(p_.k, s, unit.kv_head, first), count);
-            prefetch(p_.k, s, unit.kv_head, first + count, next, p_.head_dim);
-            for (int64_t r = 0; r < rows; ++r) {
-                T* const x = s_ + r * kStreamBlock;
-                const int64_t width = round_up(count, kLanes<T>);
-                const Range seen{scores.begin(r) - first, std::min(scores.end(r) - first, count)};
-                if (!scores.plain() || seen.begin > 0 || seen.end < width)
-                    scores.logits(r, first, 0, width, seen, x, nullptr, buffer_);
-                const T factor = absorb(run[r], x, 0, width);
-                if (factor != T(1)) scale_row(out + r * partials_.pitch, p_.value_dim, factor);
-            }
-            values(rows, key_at(p_.v, s, unit.kv_head, first), count, out);
+            const int64_t last = std::min(first + kStreamBlock, unit.keys.end);
+            prefetch_keys(p_.v, s, unit.kv_head, first, last, p_.value_dim);
+            dots(rows, key_at(p_.k, s, unit.kv_head, first), last - first);
+            prefetch_keys(p_.k, s, unit.kv_head, last, std::min(last + kStreamBlock, unit.keys.end), p_.head_dim);
+            softmax(scores, rows, first, last - first);
+            values(rows, key_at(p_.v, s, unit.kv_head, first), last - first, out);
         }
+        std::copy(run_.top, run_.top + rows, partials_.top + unit.partial);
+        std::copy(run_.sum, run_.sum + rows, partials_.sum + unit.partial);
     }
 
 private:
@@ -125,45 +105,46 @@ private:
         return reinterpret_cast<const S*>(key_row(x, s, kv_head, key));
     }
 
-    void prefetch(const Tensor& x, const Sequence& s, int64_t kv_head, int64_t first, int64_t count, int64_t dim) const {
-        for (int64_t key = first; key < first + count; ++key) {
-            const char* const row = key_row(x, s, kv_head, key);
-            for (int64_t at = 0; at < dim * int64_t(sizeof(S)); at += 64) __builtin_prefetch(row + at, 0, 2);
-        }
-    }
-
-    // s[row][key] = q[row] · k[key], two keys and kStreamTile rows at a time.
+    // s[row][key] = q[row] · k[key], as many keys and rows at a time as fill a vector with results.
     void dots(int64_t rows, const S* k, int64_t count) {
+        constexpr int ROWS = std::min(4, kLanes<T>), KEYS = kLanes<T> / ROWS;
         const int64_t stride = p_.k.strides[1];
-        for (int64_t key = 0; key < count; key += 2) {
-            const S* const k0 = k + key * stride;
-            const S* const k1 = key + 1 < count ? k0 + stride : k0;
-            for (int64_t r = 0; r < rows; r += kStreamTile) {
-                const T* q[kStreamTile];
-                for (int i = 0; i < kStreamTile; ++i) q[i] = q_ + std::min(r + i, rows - 1) * p_.head_dim;
-                Vec<T> sum[2 * kStreamTile] = {};
+        for (int64_t key = 0; key < count; key += KEYS) {
+            const S* line[KEYS];
+            for (int j = 0; j < KEYS; ++j) line[j] = k + std::min(key + j, count - 1) * stride;
+            for (int64_t r = 0; r < rows; r += ROWS) {
+                const T* q[ROWS];
+                for (int i = 0; i < ROWS; ++i) q[i] = q_ + std::min(r + i, rows - 1) * p_.head_dim;
+                Vec<T> sums[KEYS * ROWS] = {};
                 for (int64_t d = 0; d < p_.head_dim; d += kLanes<T>) {
-                    const Vec<T> x0 = load_as<T>(k0 + d), x1 = load_as<T>(k1 + d);
 #pragma GCC unroll 4
-                    for (int i = 0; i < kStreamTile; ++i) {
-                        const Vec<T> y = load(q[i] + d);
-                        sum[i] += x0 * y;
-                        sum[kStreamTile + i] += x1 * y;
+                    for (int j = 0; j < KEYS; ++j) {
+                        const Vec<T> x = load_as<T>(line[j] + d);
+#pragma GCC unroll 4
+                        for (int i = 0; i < ROWS; ++i) sums[j * ROWS + i] += x * load(q[i] + d);
                     }
                 }
-                T sums[2 * kStreamTile];
-                horizontal_sums<T, 2 * kStreamTile>(sum, sums);
-                for (int i = 0; i < kStreamTile && r + i < rows; ++i) {
-                    s_[(r + i) * kStreamBlock + key] = sums[i];
-                    if (key + 1 < count) s_[(r + i) * kStreamBlock + key + 1] = sums[kStreamTile + i];
-                }
+                const Vec<T> sum = reduce_each<T>(sums, [](Vec<T> a, Vec<T> b) { return a + b; });
+                for (int j = 0; j < KEYS; ++j)
+                    for (int i = 0; i < ROWS; ++i) s_[std::min(r + i, kStreamRows - 1) * kStreamBlock + key + j] = sum[j * ROWS + i];
             }
         }
     }
 
-    // out[row] += Σ_key s[row][key] · v[key]
+    void softmax(const Scores<T>& scores, int64_t rows, int64_t first, int64_t count) {
+        const int64_t width = round_up(count, kLanes<T>);
+        for (int64_t r = 0; r < rows; ++r) {
+            const Range seen{scores.begin(r) - first, std::min(scores.end(r) - first, count)};
+            if (!scores.plain() || seen.begin > 0 || seen.end < width)
+                scores.logits(r, first, 0, width, seen, s_ + r * kStreamBlock, nullptr, buffer_);
+        }
+        for (int64_t r = 0; r < rows; r += kLanes<T>)
+            absorb(run_.top + r, run_.sum + r, factor_ + r, s_ + r * kStreamBlock, kStreamBlock, 0, width);
+    }
+
+    // out[row] = factor[row] · out[row] + Σ_key s[row][key] · v[key]
     void values(int64_t rows, const S* v, int64_t count, T* out) {
-        for (int64_t r = 0; r < rows; r += kStreamTile) {
+        for (int64_t r = 0; r < rows; r += 4) {
             switch (rows - r) {
                 case 1: values_tile<1>(r, v, count, out); break;
                 case 2: values_tile<2>(r, v, count, out); break;
@@ -182,8 +163,8 @@ private:
             Vec<T> sum[ROWS][2];
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; ++i) {
-                sum[i][0] = load(to + i * partials_.pitch);
-                sum[i][1] = load(to + i * partials_.pitch + L);
+                sum[i][0] = load(to + i * partials_.pitch) * factor_[r + i];
+                sum[i][1] = load(to + i * partials_.pitch + L) * factor_[r + i];
             }
             for (int64_t key = 0; key < count; ++key) {
                 const Vec<T> x0 = load_as<T>(v + key * stride + d), x1 = load_as<T>(v + key * stride + d + L);
@@ -203,29 +184,32 @@ private:
     }
 
     const Problem& p_;
-    const Partials<T> partials_;
+    const Partials<T>& partials_;
     T* const q_;
     T* const s_;
     T* const buffer_;
+    T* const factor_;
+    Running<T> run_;
 };
 
 // Joins the partial results of one (sequence, key head), `spans` times `rows` of them, and closes its rows.
 template <class T>
-void join_spans(const Problem& p, const Sequence& s, int64_t kv_head, Partials<T> partials, int64_t first, int64_t spans) {
+void join_spans(const Problem& p, const Sequence& s, int64_t kv_head, const Partials<T>& partials, int64_t first,
+                int64_t spans) {
     const int64_t rows = s.q_length * p.group();
-    for (int64_t row = 0; row < rows; ++row) {
-        Running<T> whole = partials.run[first + row];
-        T* const out = partials.out + (first + row) * partials.pitch;
-        for (int64_t span = 1; span < spans; ++span) {
-            const Running<T> part = partials.run[first + span * rows + row];
-            const T* const x = partials.out + (first + span * rows + row) * partials.pitch;
-            if (part.sum == T(0)) continue;
-            const T top = std::max(whole.top, part.top);
-            const T a = exp2(broadcast(whole.top - top))[0], b = exp2(broadcast(part.top - top))[0];
+    for (int64_t at = first; at < first + rows; ++at) {
+        T top = partials.top[at], sum = partials.sum[at];
+        T* const out = partials.out + at * partials.pitch;
+        for (int64_t part = at + rows; part < first + spans * rows; part += rows) {
+            if (partials.sum[part] == T(0)) continue;
+            const T* const x = partials.out + part * partials.pitch;
+            const T both = std::max(top, partials.top[part]);
+            const T a = exp2(broadcast(top - both))[0], b = exp2(broadcast(partials.top[part] - both))[0];
             for (int64_t d = 0; d < p.value_dim; ++d) out[d] = out[d] * a + x[d] * b;
-            whole = {top, whole.sum * a + part.sum * b};
+            sum = sum * a + partials.sum[part] * b;
+            top = both;
         }
-        finish_row(p, s, kv_head, row, whole, out);
+        finish_row(p, s, kv_head, at - first, top, sum, out);
     }
 }
 

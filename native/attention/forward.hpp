@@ -44,14 +44,15 @@ public:
           q_(scratch.take<T>(kUnitRows * q_pitch_)), o_(scratch.take<T>(kUnitRows * o_pitch_)),
           k_panels_(scratch.take<T>(keys_ * p.head_dim)), k_rows_(scratch.take<T>(keys_ * q_pitch_)),
           v_rows_(scratch.take<T>(keys_ * o_pitch_)), s_(scratch.take<T>(kBlockRows * s_pitch_)),
-          buffer_(scratch.take<T>(keys_)), run_(scratch.take<Running<T>>(kUnitRows)),
+          buffer_(scratch.take<T>(keys_)), factor_(scratch.take<T>(kBlockRows)), run_(scratch, kUnitRows),
           seen_(scratch.take<Range>(kUnitRows)) {}
 
     static size_t need(const Problem& p) {
         const int64_t keys = tile_keys(p), q = pitch<T>(p.head_dim), o = pitch<T>(p.value_dim);
         return Scratch::need<T>(kUnitRows * q) + Scratch::need<T>(kUnitRows * o) + Scratch::need<T>(keys * p.head_dim) +
                Scratch::need<T>(keys * q) + Scratch::need<T>(keys * o) + Scratch::need<T>(kBlockRows * pitch<T>(keys)) +
-               Scratch::need<T>(keys) + Scratch::need<Running<T>>(kUnitRows) + Scratch::need<Range>(kUnitRows);
+               Scratch::need<T>(keys) + Scratch::need<T>(kBlockRows) + Running<T>::need(kUnitRows) +
+               Scratch::need<Range>(kUnitRows);
     }
 
     void run(const ForwardUnit& unit) {
@@ -61,17 +62,21 @@ public:
         read_queries(p_, p_.q, s, unit.kv_head, unit.rows.begin, unit.rows.end, p_.head_dim, T(query_factor(p_)), q_,
                      q_pitch_);
         std::fill(o_, o_ + rows * o_pitch_, T(0));
-        for (int64_t r = 0; r < rows; ++r) {
-            run_[r] = {};
+        run_.clear(0, round_up(rows, kBlockRows));
+        for (int64_t r = 0; r < rows; ++r)
             seen_[r] = {scores.begin(unit.rows.begin + r), scores.end(unit.rows.begin + r)};
-        }
         for (int64_t first = seen_[0].begin / keys_ * keys_; first < seen_[rows - 1].end; first += keys_) {
             pack(s, unit.kv_head, first, std::min(first + keys_, s.k_length));
-            for (int64_t r = 0; r < rows; r += kBlockRows)
+            const int64_t share = ceil_div(keys_, ceil_div(rows, kBlockRows));  // of the next tile, fetched meanwhile
+            for (int64_t r = 0, next = first + keys_; r < rows; r += kBlockRows, next += share) {
+                const int64_t end = std::min({next + share, first + 2 * keys_, seen_[rows - 1].end});
+                prefetch_keys(p_.k, s, unit.kv_head, next, end, p_.head_dim);
+                prefetch_keys(p_.v, s, unit.kv_head, next, end, p_.value_dim);
                 block(scores, unit.rows.begin, {r, std::min(r + kBlockRows, rows)}, first);
+            }
         }
         for (int64_t r = 0; r < rows; ++r)
-            finish_row(p_, s, unit.kv_head, unit.rows.begin + r, run_[r], o_ + r * o_pitch_);
+            finish_row(p_, s, unit.kv_head, unit.rows.begin + r, run_.top[r], run_.sum[r], o_ + r * o_pitch_);
     }
 
 private:
@@ -90,22 +95,21 @@ private:
         const Range columns{begin, round_up(end, kPanel<T>)};
         const bool cut = seen_[rows.end - 1].begin > first + begin || seen_[rows.begin].end < first + columns.end;
         T* const s = s_ - rows.begin * s_pitch_;
-        product<false>(rows, columns, Left<T>{q_, q_pitch_, 1}, Right<T>{k_panels_, p_.head_dim * kPanel<T>, kPanel<T>},
-                       s, s_pitch_, [&](int64_t row, int count, int64_t column) {
+        product<Into::set>(rows, columns, Left<T>{q_, q_pitch_, 1},
+                       Right<T>{k_panels_, p_.head_dim * kPanel<T>, kPanel<T>}, Result<T>{s, s_pitch_}, [&](int64_t row, int count, int64_t column) {
                            const bool hidden = cut && (seen_[row + count - 1].end <= first + column ||
                                                        seen_[row].begin >= first + column + kPanel<T>);
                            return hidden ? none : Range{0, p_.head_dim};
                        });
-        for (int64_t r = rows.begin; r < rows.end; ++r) {
-            T* const x = s + r * s_pitch_;
-            if (cut || !scores.plain())
+        if (cut || !scores.plain()) {
+            for (int64_t r = rows.begin; r < rows.end; ++r)
                 scores.logits(unit_begin + r, first, columns.begin, columns.end,
-                              {seen_[r].begin - first, seen_[r].end - first}, x, nullptr, buffer_);
-            const T factor = absorb(run_[r], x, columns.begin, columns.end);
-            if (factor != T(1)) scale_row(o_ + r * o_pitch_, o_pitch_, factor);
+                              {seen_[r].begin - first, seen_[r].end - first}, s + r * s_pitch_, nullptr, buffer_);
         }
-        product<true>(rows, {0, round_up(p_.value_dim, kPanel<T>)}, Left<T>{s, s_pitch_, 1},
-                      Right<T>{v_rows_, kPanel<T>, o_pitch_}, o_, o_pitch_, [&](int64_t row, int count, int64_t) {
+        for (int64_t r = rows.begin; r < rows.end; r += kLanes<T>)  // a last few rows may be nobody's
+            absorb(run_.top + r, run_.sum + r, factor_ + r - rows.begin, s + r * s_pitch_, s_pitch_, columns.begin, columns.end);
+        product<Into::scale>(rows, {0, round_up(p_.value_dim, kPanel<T>)}, Left<T>{s, s_pitch_, 1},
+                      Right<T>{v_rows_, kPanel<T>, o_pitch_}, Result<T>{o_, o_pitch_, factor_ - rows.begin}, [&](int64_t row, int count, int64_t) {
                           return Range{std::max(begin, seen_[row].begin - first),
                                        std::min(end, seen_[row + count - 1].end - first)};
                       });
@@ -120,7 +124,8 @@ private:
     T* const v_rows_;
     T* const s_;
     T* const buffer_;
-    Running<T>* const run_;
+    T* const factor_;
+    Running<T> run_;
     Range* const seen_;
 };
 

@@ -56,9 +56,8 @@ void forward_streamed(const Problem& p) {
     }
     if (units.empty()) return;
     const int threads = useful_threads(p, operations);
-    const int64_t pitch = round_up(p.value_dim, kPanel<T>);
-    Scratch scratch(threads * StreamWorker<T, S>::need(p) + Scratch::need<Running<T>>(partials) + Scratch::need<T>(partials * pitch));
-    const Partials<T> results{scratch.take<Running<T>>(partials), scratch.take<T>(partials * pitch), pitch};
+    Scratch scratch(threads * StreamWorker<T, S>::need(p) + Partials<T>::need(partials, p.value_dim));
+    const Partials<T> results(scratch, partials, p.value_dim);
     auto workers = make_workers<StreamWorker<T, S>>(threads, scratch, p, results);
     parallel_units(threads, units.size(), [&](int thread, int64_t unit) { workers[thread].run(units[unit]); });
     for (const Join& join : joins) join_spans(p, p.sequences[join.sequence], join.kv_head, results, join.partial, join.spans);

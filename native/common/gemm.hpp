@@ -16,15 +16,28 @@ struct Left {  // A: element (row, step)
     int64_t row, step;
 };
 
-// C[ROWS × kPanel] (+)= A[ROWS × steps] · B[steps × kPanel]
-template <class T, int ROWS, bool ADD>
-inline void tile_product(int64_t steps, Left<T> a, const T* b, int64_t b_step, T* c, int64_t c_row) {
+template <class T>
+struct Result {  // C, with the factor its rows are multiplied by before the product is added; 1 where that is null
+    T* data;
+    int64_t row;
+    const T* factor = nullptr;
+};
+
+// What becomes of C: C = AB, C += AB, or C = factor · C + AB row by row.
+enum class Into { set, add, scale };
+
+// C[ROWS × kPanel] = [C +] A[ROWS × steps] · B[steps × kPanel]
+template <Into INTO, int ROWS, class T>
+inline void tile_product(int64_t steps, Left<T> a, const T* b, int64_t b_step, Result<T> c) {
     constexpr int L = kLanes<T>;
     Vec<T> sum[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-        sum[r][0] = ADD ? load(c + r * c_row) : Vec<T>{};
-        sum[r][1] = ADD ? load(c + r * c_row + L) : Vec<T>{};
+        for (int half = 0; half < 2; ++half) {
+            if constexpr (INTO == Into::set) sum[r][half] = Vec<T>{};
+            if constexpr (INTO == Into::add) sum[r][half] = load(c.data + r * c.row + half * L);
+            if constexpr (INTO == Into::scale) sum[r][half] = load(c.data + r * c.row + half * L) * c.factor[r];
+        }
     }
     for (int64_t s = 0; s < steps; ++s) {
         const Vec<T> b0 = load(b), b1 = load(b + L);
@@ -39,17 +52,17 @@ inline void tile_product(int64_t steps, Left<T> a, const T* b, int64_t b_step, T
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-        store(c + r * c_row, sum[r][0]);
-        store(c + r * c_row + L, sum[r][1]);
+        store(c.data + r * c.row, sum[r][0]);
+        store(c.data + r * c.row + L, sum[r][1]);
     }
 }
 
-template <class T, bool ADD, int ROWS = kTileRows>
-inline void rows_product(int rows, int64_t steps, Left<T> a, const T* b, int64_t b_step, T* c, int64_t c_row) {
+template <Into INTO, int ROWS = kTileRows, class T>
+inline void rows_product(int rows, int64_t steps, Left<T> a, const T* b, int64_t b_step, Result<T> c) {
     if (rows == ROWS) {
-        tile_product<T, ROWS, ADD>(steps, a, b, b_step, c, c_row);
+        tile_product<INTO, ROWS>(steps, a, b, b_step, c);
     } else if constexpr (ROWS > 1) {
-        rows_product<T, ADD, ROWS - 1>(rows, steps, a, b, b_step, c, c_row);
+        rows_product<INTO, ROWS - 1>(rows, steps, a, b, b_step, c);
     }
 }
 
@@ -64,20 +77,21 @@ struct Right {
     int64_t panel, step;
 };
 
-// C[rows × columns] (+)= A · B, `columns` a multiple of kPanel. A triangle need not be computed as a square:
+// C[rows × columns] = [C +] A · B, `columns` a multiple of kPanel. A triangle need not be computed as a square:
 // `needed(row, rows, column)` gives the range of steps that the tile of those rows and that panel needs; an empty range
 // leaves C as it is.
-template <bool ADD, class T, class Needed>
-inline void product(Range rows, Range columns, Left<T> a, Right<T> b, T* c, int64_t c_row, const Needed& needed) {
+template <Into INTO, class T, class Needed>
+inline void product(Range rows, Range columns, Left<T> a, Right<T> b, Result<T> c, const Needed& needed) {
     for (int64_t column = columns.begin; column < columns.end; column += kPanel<T>) {
         const T* panel = b.data + column / kPanel<T> * b.panel;
         for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
             const int count = int(std::min<int64_t>(kTileRows, rows.end - row));
             const Range steps = needed(row, count, column);
             if (steps.begin >= steps.end) continue;
-            const Left<T> left{a.data + row * a.row + steps.begin * a.step, a.row, a.step};
-            rows_product<T, ADD>(count, steps.end - steps.begin, left, panel + steps.begin * b.step, b.step,
-                                 c + row * c_row + column, c_row);
+            rows_product<INTO>(count, steps.end - steps.begin,
+                               Left<T>{a.data + row * a.row + steps.begin * a.step, a.row, a.step},
+                               panel + steps.begin * b.step, b.step,
+                               Result<T>{c.data + row * c.row + column, c.row, c.factor + (INTO == Into::scale ? row : 0)});
         }
     }
 }

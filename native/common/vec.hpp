@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #ifndef ONCHIP_ISA
 #error "compile with -DONCHIP_ISA=<namespace of this instruction set>"
@@ -66,18 +67,33 @@ inline Vec<T> broadcast(T x) {
     return x - Vec<T>{};
 }
 
-template <class T>
-inline T horizontal_sum(Vec<T> x) {
-    T sum = x[0];
-    for (int i = 1; i < kLanes<T>; ++i) sum += x[i];
-    return sum;
+template <int... I, class V>
+inline V shuffle(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    typedef std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t> Index __attribute__((vector_size(sizeof(V))));
+    return __builtin_shuffle(a, b, Index{I...});
+#endif
 }
-template <class T>
-inline T horizontal_max(Vec<T> x) {
-    T top = x[0];
-    for (int i = 1; i < kLanes<T>; ++i) top = x[i] > top ? x[i] : top;
-    return top;
+
+template <int W, class T, class Combine, int... I>
+inline void reduce_level(Vec<T>* x, const Combine& combine, std::integer_sequence<int, I...>) {
+    constexpr int L = kLanes<T>;
+    for (int i = 0; i < W; ++i)
+        x[i] = combine(shuffle(x[i], x[i + W], std::integer_sequence<int, (I & W ? L + I : I)...>{}),
+                       shuffle(x[i], x[i + W], std::integer_sequence<int, (I & W ? L : 0) + (I ^ W)...>{}));
+    if constexpr (W > 1) reduce_level<W / 2, T>(x, combine, std::make_integer_sequence<int, L>{});
 }
+
+// Reduces each of kLanes vectors to one number: lane i of the result is vector i's. Halves the number of vectors at every
+// step, so that a reduction costs about three instructions and not three times log(lanes).
+template <class T, class Combine>
+inline Vec<T> reduce_each(Vec<T>* x, const Combine& combine) {
+    reduce_level<kLanes<T> / 2, T>(x, combine, std::make_integer_sequence<int, kLanes<T>>{});
+    return x[0];
+}
+
 // Keeps `a` where `b` is NaN; the NaN then shows in the exponential.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
