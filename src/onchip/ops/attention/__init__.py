@@ -1,6 +1,5 @@
 """Exact attention without a T×T matrix in memory: the public functions and their argument checks."""
 
-import math
 from typing import Literal, cast
 
 import torch
@@ -139,12 +138,9 @@ def attention_with_lse(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     left, right = checks.reach(causal, window)
+    checks.check_factors(scale, softcap)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and not negative (0 for none), got {softcap}")
     if bias is not None or alibi_slopes is not None or sinks is not None:
         checks.check_score_terms(q, k, bias, alibi_slopes, sinks, cu_seqlens_q)
     if _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v) == "reference":

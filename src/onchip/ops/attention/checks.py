@@ -1,5 +1,8 @@
 """What a call to attention must satisfy, and the sentences that say so when it does not."""
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -8,14 +11,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as PyTorch's autocast wants them for its own attention: in the low precision, except float64."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if not all(isinstance(x, Tensor) for x in (q, k, v)) or not torch._C._is_autocast_available(q.device.type):
+        return q, k, v
+    if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
 
 
+_FAR = 1 << 48  # longer than any sequence, and positions may be added to it
+
+
 def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """The window's `(left, right)` as integers, -1 for unbounded."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
     if window is None:
         return (-1, 0) if causal else (-1, -1)
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -23,8 +33,20 @@ def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[i
     for name, side in zip(("left", "right"), window, strict=True):
         if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
             raise ValueError(f"window's {name} must be None (unbounded) or an integer of at least 0, got {side!r}")
-    left, right = (-1 if side is None else side for side in window)
+    left, right = (-1 if side is None else min(side, _FAR) for side in window)
     return left, 0 if causal else right
+
+
+def check_factors(scale: float | None, softcap: float) -> None:
+    """scale and softcap are finite numbers, which a tensor is not: no gradient would reach it."""
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if x is None and name == "scale":
+            continue
+        if not isinstance(x, float | int | numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+        if not math.isfinite(x) or (name == "softcap" and x < 0):
+            wanted = "finite and not negative (0 for none)" if name == "softcap" else "finite"
+            raise ValueError(f"{name} must be {wanted}, got {x}")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
@@ -56,8 +78,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
         raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
     if head_dim == 0 or v.shape[-1] == 0:
         raise ValueError(f"head dims must be at least 1, got {head_dim} for q and k, {v.shape[-1]} for v")
-    if k.shape[-2] == 0 or heads % k.shape[-2] != 0:
-        raise ValueError(f"q's heads must be a multiple of k's, got {heads} and {k.shape[-2]}")
+    if heads == 0 or k.shape[-2] == 0 or heads % k.shape[-2] != 0:
+        raise ValueError(f"q's heads must be a multiple of k's, both at least 1, got {heads} and {k.shape[-2]}")
     if packed:
         _check_boundaries(q, cu_seqlens_q, cu_seqlens_k)
 
