@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch.autograd import forward_ad
 
 _SCORE = "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None"
 
@@ -31,7 +33,11 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
     Where nothing can require a gradient the autograd kernel is skipped: being Python, it would be a third of the price
     of a decode step's call.
     """
-    if torch.compiler.is_compiling() or _needs_grad(args):
+    if torch.compiler.is_compiling():
+        return cast(tuple[Tensor, Tensor], _attention(*args))
+    if _in_torch_func_grad():
+        return cast(tuple[Tensor, Tensor], _Attention.apply(*args))  # type: ignore[no-untyped-call]
+    if _needs_grad(args) or torch._C._are_functorch_transforms_active():
         return cast(tuple[Tensor, Tensor], _attention(*args))
     with torch._C._AutoDispatchBelowAutograd():
         return cast(tuple[Tensor, Tensor], _attention(*args))
@@ -102,7 +108,15 @@ def _(
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
+    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return backward or forward_ad._current_level >= 0
+
+
+def _in_torch_func_grad() -> bool:
+    """Whether torch.func differentiates the call: it serves an autograd.Function above the dispatcher only."""
+    transform = peek_interpreter_stack()
+    return transform is not None and transform.key() in (TransformType.Grad, TransformType.Jvp)
 
 
 class _Attention(torch.autograd.Function):
@@ -124,38 +138,49 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * 12
         needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
-        grads = _attention_backward(
-            torch.zeros_like(out) if grad_out is None else grad_out,
-            grad_lse,
-            out,
-            lse,
-            q,
-            k,
-            v,
-            *ctx.settings,
-            *optional,
-            bias_grad=needs_bias,
-            slopes_grad=needs_slopes,
-            sinks_grad=needs_sinks,
-        )
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional)
+        asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
+        if not torch.compiler.is_compiling() and _in_torch_func_grad():
+            grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
+        else:
+            grads = _attention_backward(*args, **asked)
         wanted = ctx.needs_input_grad[:3] + (needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return (*kept[:3], None, None, None, None, *kept[3:], None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError(
+            "attention: the fused kernels have no forward-mode derivative; call with backend='reference' for one"
+        )
 
 
 class _AttentionBackward(torch.autograd.Function):
     """Keeps a second derivative from being dropped in silence."""
 
     @staticmethod
-    def forward(ctx: Any, grads_asked: dict[str, bool], *args: Any) -> Any:
+    def forward(grads_asked: dict[str, bool], *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return _attention_backward(*args, **grads_asked)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "attention: the fused kernels have no second derivative; call with backend='reference' to differentiate twice"
-        )
+        _no_second_derivative()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        _no_second_derivative()
+
+
+def _no_second_derivative() -> None:
+    raise RuntimeError(
+        "attention: the fused kernels have no second derivative; call with backend='reference' to differentiate twice"
+    )
 
 
 @torch.library.impl(library, "attention", "Autograd")
