@@ -18,7 +18,7 @@ _Described = tuple[int, int, int, int, int, int]
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the native kernels cannot serve this call, or None."""
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "meta"):  # a meta tensor needs shapes alone
         return f"it runs on the CPU only, and q is on {q.device}"
     if _native.missing is not None:
         return _native.missing
@@ -81,9 +81,12 @@ def _backward(
     batch = len(starts[0]) - 1 if starts[0] else q.shape[0]
     per_head = torch.zeros(2, batch, q.shape[-2], dtype=torch.float64)  # slopes' and sinks' sums
     bias_shape = (1,) * (4 - grad_bias.ndim) + tuple(grad_bias.shape)
+    if bias_grad and batch == 0:
+        grad_bias.zero_()  # no sequence will write it
+    grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype)
     gradients = (
         _rows(grad_out),
-        None if grad_lse is None else _lse(grad_lse.to(lse.dtype)),
+        None if grad_lse is None else _lse(grad_lse),
         _rows(grad_q),
         _rows(grad_k),
         _rows(grad_v),
