@@ -18,23 +18,15 @@ GREY = "#8a8a8a"
 
 def attention(folder: Path) -> Path:
     """Draw the rows in `folder/attention.jsonl` as `folder/attention.png`, a line of panels for each malloc setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [row for row in read(folder / "attention.jsonl") if row.ratio]
     mallocs = sorted({row.machine.malloc for row in rows}) or ["default"]
     suites = [suite for suite in CURVES if any(row.case.suite == suite for row in rows)]
     has_bars = any(row.case.suite in BARS for row in rows)
     columns = max(1, len(suites) + has_bars)
-    figure, panels = plt.subplots(
-        len(mallocs),
-        columns,
-        figsize=(1.2 + 4.2 * columns, 0.9 + 3.4 * len(mallocs)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(1.2 + 4.2 * columns, 0.9 + 3.4 * len(mallocs)), layout="constrained")
+    panels = figure.subplots(len(mallocs), columns, squeeze=False)
     for line, malloc in zip(panels, mallocs, strict=True):
         here = [row for row in rows if row.machine.malloc == malloc]
         for panel, suite in zip(line, suites, strict=False):
@@ -54,7 +46,6 @@ def attention(folder: Path) -> Path:
     path = folder / "attention.png"
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
     return path
 
 

@@ -15,7 +15,7 @@ class Failure(Exception):
 
 
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
-EXPECTED = (Failure, *BAD_INPUT, OSError, RuntimeError)
+EXPECTED = (Failure, *BAD_INPUT, OSError, RuntimeError, ImportError)
 
 
 def exit_code(error: BaseException) -> int:

@@ -1,0 +1,127 @@
+"""Write the performance figures in README.md anew from the rows in benchmarks/results.
+
+python benchmarks/table.py            rewrites what stands between the markers
+python benchmarks/table.py --check    exit code 1 where that would change anything
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onchip.bench import rows
+from onchip.bench.rows import Row
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CEILINGS = {"mm": "torch.mm", "read": "read rate"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: the cases it sums up, by suite and attributes, and the peer they are held against."""
+
+    work: str
+    suite: str
+    where: Mapping[str, object]
+    peer: str = "sdpa_flash"
+    against: str = "SDPA flash"
+
+    def sums_up(self, row: Row) -> bool:
+        """Whether the row is one of the line's."""
+        about = row.case.suite == self.suite and self.peer in row.ratio
+        return about and all(getattr(row.case, name) == value for name, value in self.where.items())
+
+
+FORWARD, BOTH, FULL, CAUSAL = {"grad": False}, {"grad": True}, {"causal": False}, {"causal": True}
+MASKED = "SDPA, dense mask"
+LINES = [
+    Line("float32 forward, full", "forward", FULL),
+    Line("float32 forward, causal", "forward", CAUSAL),
+    Line("float32 forward + backward, full", "backward", FULL),
+    Line("float32 forward + backward, causal", "backward", CAUSAL),
+    Line("bfloat16 forward + backward, full", "bf16", FULL),
+    Line("bfloat16 forward + backward, causal", "bf16", CAUSAL),
+    Line("window 256, T 4096, forward", "window", FORWARD, "flex", "flex"),
+    Line("window 256, T 4096, forward", "window", FORWARD, against=MASKED),
+    Line("window 256, T 4096, forward + backward", "window", BOTH, against=MASKED),
+    Line("decode, Tk 32768, 32/8 heads, float32", "decode", {"dtype": "float32"}),
+    Line("decode, Tk 32768, 32/8 heads, bfloat16", "decode", {"dtype": "bfloat16"}),
+    Line("a tiny call, 1 thread", "overhead", {}, "sdpa", "SDPA"),
+]
+
+
+def table(measured: Sequence[Row]) -> str:
+    """The table of one machine, in Markdown."""
+    machine = max((row.machine for row in measured), key=lambda machine: machine.threads)
+    mallocs = sorted({row.machine.malloc for row in measured})
+    headings = ["work", "against", *(f"speed, malloc {malloc}" for malloc in mallocs), "of the ceiling"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for line in LINES:
+        here = [row for row in measured if line.sums_up(row)]
+        if here:
+            by_malloc = ([row for row in here if row.machine.malloc == malloc] for malloc in mallocs)
+            speeds = [_range(row.ratio[line.peer].median for row in some) for some in by_malloc]
+            share = _percent(row.fraction["onchip"] for row in here)
+            lines.append(f"| {line.work} | {line.against} | {' | '.join(speeds)} | {share} of {CEILINGS[here[0].of]} |")
+    extra = [row.extra["onchip"] for row in measured if row.extra]
+    if extra:
+        lines.append(f"\nMemory beyond inputs and outputs at T 8192: {max(extra):+.1%} at most.")
+    lines.append(
+        f"\n{machine.name}, {machine.threads} threads, {machine.capability}, torch {machine.torch}. Ranges are over"
+        " sequence lengths and head dims. `onchip bench attention` measures yours."
+    )
+    return "\n".join(lines)
+
+
+def figure(measured: Sequence[Row]) -> str:
+    """The one figure at the top."""
+    trained = [
+        row for row in measured
+        if row.case.suite == "backward" and row.case.causal and row.machine.malloc == "default"
+    ]  # fmt: skip
+    if not trained:
+        return "Not measured yet."
+    row = max(trained, key=lambda row: (row.case.q_len, -row.case.head_dim))
+    ratio, machine = row.ratio["sdpa_flash"], row.machine
+    return (
+        f"**Causal attention over {row.case.q_len:,} tokens, forward and backward, on {machine.threads} cores of an"
+        f" {machine.name}: {ratio.median:.2f} times as fast as PyTorch's flash kernel.**"
+    )
+
+
+def updated(readme: str, results: Path = RESULTS) -> str:
+    """`readme` with what stands between its markers made anew."""
+    machines = [rows.read(path) for path in sorted(results.glob("*/attention.jsonl"))]
+    measured = [machine for machine in machines if machine]
+    parts = {
+        "figure": figure([row for machine in measured for row in machine]),
+        "performance": "\n\n".join(map(table, measured)) or "Not measured yet.",
+    }
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}: made by benchmarks/table.py -->\n", f"<!-- end of {name} -->"
+        before, rest = readme.split(begin)
+        readme = before + begin + text + "\n" + end + rest.split(end)[1]
+    return readme
+
+
+def _range(values: Iterable[float]) -> str:
+    """
+    >>> _range([1.234, 1.567]), _range([12.3, 12.34]), _range([])
+    ('1.23–1.57×', '12×', '')
+    """
+    found = [f"{value:.3g}" if value < 10 else f"{value:.0f}" for value in sorted(values)]
+    return "–".join(dict.fromkeys([found[0], found[-1]])) + "×" if found else ""
+
+
+def _percent(values: Iterable[float]) -> str:
+    found = [f"{value:.0%}" for value in sorted(values)]
+    return "–".join(dict.fromkeys([found[0].rstrip("%"), found[-1].rstrip("%")])) + " %"
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if updated(text) == text else "README.md is older than the rows: python benchmarks/table.py")
+    README.write_text(updated(text))

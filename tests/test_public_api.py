@@ -1,0 +1,50 @@
+"""What is public is described, typed, and shown working.
+
+Public is what a module of the package names in `__all__`. The examples themselves run as doctests.
+"""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import onchip
+
+
+def public_names():
+    modules = [onchip, *(importlib.import_module(m.name) for m in pkgutil.walk_packages(onchip.__path__, "onchip."))]
+    for module in modules:
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if inspect.isfunction(value) or inspect.isclass(value):
+                yield f"{module.__name__}.{name}", value
+
+
+PUBLIC = dict(public_names())
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+
+
+def test_the_main_names_are_public():
+    assert {"onchip.attention", "onchip.attention_with_lse", "onchip.explain"} <= FUNCTIONS.keys()
+    assert {"onchip.models.LanguageModel", "onchip.nn.mixers.Attention", "onchip.training.Trainer"} <= PUBLIC.keys()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_has_a_docstring_of_its_own(name):
+    doc = PUBLIC[name].__doc__
+    assert doc and doc.strip()
+    assert not doc.startswith(f"{PUBLIC[name].__name__}(")  # what dataclasses write where nobody did
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_has_an_example(name):
+    assert ">>> " in inspect.getdoc(FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_is_typed(name):
+    signature = inspect.signature(FUNCTIONS[name])
+    assert signature.return_annotation is not signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not parameter.empty, parameter
