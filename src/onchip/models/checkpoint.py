@@ -53,15 +53,15 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Langua
     config = _read_config(folder / "config.json")
     path = folder / "model.safetensors"
     try:
-        tensors = load_file(path, device=str(device))
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     with torch.device("meta"):
         model = LanguageModel(config)
     if problems := _differences(tensors, model.state_dict()):
         raise ValueError(f"{path} does not fit config.json: {'; '.join(problems)}")
-    # Copied out of the file's mapping, where a tensor begins at any byte: sums over unaligned ones differ in the last bit.
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    # Copied out of the mapped file, where a tensor begins at any byte: sums over unaligned ones differ in a last bit.
+    model.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, assign=True)
     return model
 
 
