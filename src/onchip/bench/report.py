@@ -75,7 +75,7 @@ def duration(milliseconds: float) -> str:
     """A time, with a unit that suits it.
 
     >>> duration(0.0123), duration(4.5678)
-    ('12.3 µs', '4.57 ms')
+    ('12.3 µs', '4.568 ms')
     """
     return f"{milliseconds * 1e3:.3g} µs" if milliseconds < 1 else f"{milliseconds:.4g} ms"
 
