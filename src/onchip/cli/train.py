@@ -8,7 +8,7 @@ import typer
 from onchip.cli.errors import Failure
 
 if TYPE_CHECKING:
-    from onchip.training import TrainConfig, Trainer
+    from onchip.training import RunFolder, TrainConfig, Trainer
 
 
 def train(
@@ -130,7 +130,7 @@ def _train(trainer: "Trainer") -> None:
     from onchip.training.report import describe, make_report, read_report, write_report
     from onchip.training.run import resume_command
 
-    console = Console(quiet=not trainer.processes.first, highlight=False)
+    console = Console(quiet=not trainer.processes.first, highlight=False, markup=False, soft_wrap=True)
     console.print(_header(trainer))
     if not trainer.finished:
         stopped = trainer.train(display(console, trainer.config.steps, trainer.step))
@@ -139,8 +139,29 @@ def _train(trainer: "Trainer") -> None:
             raise typer.Exit(128 + stopped)
     report = read_report(trainer.folder)
     if report is None:
-        console.print("Judging the model by all of the held-out text …")
+        console.print("\nJudging the model by all of the held-out text …")
         report = make_report(trainer)
-        if trainer.processes.first and write_report(trainer.folder, report) is None:
-            console.print("No loss curve was drawn: that needs matplotlib (pip install 'onchip[plot]').")
+        if trainer.processes.first:
+            write_report(trainer.folder, report)
     console.print(f"\n{describe(report)}\n")
+    console.print(f"A new document, as the model writes it:\n\n{_printable(report['sample'])}\n")
+    console.print(_afterwards(trainer.folder))
+
+
+def _printable(text: str) -> str:
+    """`text` without what would steer the terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
+
+
+def _afterwards(folder: "RunFolder") -> str:
+    curve = f"{folder.curve}" if folder.curve.exists() else "none: it needs matplotlib (pip install 'onchip[plot]')"
+    return (
+        f"loss curve  {curve}\n"
+        f"report      {folder.report}\n"
+        f"more text   onchip generate {folder.path} --prompt 'def '\n"
+        f"look inside onchip show {folder.path}\n"
+        f"your text   onchip train FILES --out DIR; --preset small takes half an hour and beats gzip"
+    )

@@ -55,7 +55,8 @@ def save_checkpoint(folder: Path, step: int, model: LanguageModel, optimizer: to
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def load_checkpoint(checkpoint: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> int:

@@ -109,11 +109,10 @@ class TrainConfig:
         ]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Settings within settings as one level of dotted names."""
+    if not isinstance(settings, Mapping | list):
+        return {name: settings}
+    items = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+    prefix = f"{name}." if name else ""
+    return {inner: value for key, part in items for inner, value in _flat(part, f"{prefix}{key}").items()}

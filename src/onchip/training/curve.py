@@ -48,8 +48,8 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], final: float, riv
             fontsize=9,
             color=_INK,
         )
-    lowest = min([final, losses.min(), *rivals.values()])
-    axes.set_ylim(max(0, lowest - 0.25), min(8.2, losses.max() + 0.1))
+    levels = [final, losses.min(), losses.max(), *rivals.values()]
+    axes.set_ylim(max(0, min(levels) - 0.25), max(levels) + 0.1)
     axes.set_xlim(0, tokens[-1] * 1.02)
     axes.set_xlabel("tokens learnt from")
     axes.set_ylabel("bits per byte")

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from onchip.data import Document, consecutive, token_stream
-from onchip.data.tokens import ByteTokenizer
+from onchip.data import ByteTokenizer, Document, consecutive, token_stream
 from onchip.training.distributed import Processes
+
+_TOKENS_AT_ONCE = 8192  # enough to keep the processor busy with matrices, few enough for any memory
 
 
 @torch.inference_mode()
@@ -22,7 +23,6 @@ def bits_per_byte(
     documents: Sequence[Document],
     *,
     context: int,
-    batch: int,
     windows: int | None = None,
     autocast: torch.autocast | None = None,
     processes: Processes | None = None,
@@ -39,7 +39,9 @@ def bits_per_byte(
     processes = processes or Processes()
     device = next(model.parameters()).device
     bits, size = 0.0, 0.0
-    for number, part in enumerate(consecutive(token_stream(documents), batch, context, windows)):
+    for number, part in enumerate(
+        consecutive(token_stream(documents), max(1, _TOKENS_AT_ONCE // context), context, windows)
+    ):
         if number % processes.count != processes.rank:
             continue
         tokens, targets, cu_seqlens = part.to(device)

@@ -14,8 +14,8 @@ class Interrupt:
 
     >>> with Interrupt() as interrupt:
     ...     signal.raise_signal(signal.SIGTERM)
-    ...     print(interrupt.signal)
-    Signals.SIGTERM
+    ...     print(interrupt.signal.name)
+    SIGTERM
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from onchip.data import Batches, Corpus, token_stream
+from onchip.data import Batches, ByteTokenizer, Corpus, token_stream
 from onchip.models import LanguageModel, save_model
 from onchip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from onchip.training.config import TrainConfig
@@ -51,6 +51,8 @@ class Trainer:
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device or torch.device("cpu")
         self.processes = processes or Processes()
+        if config.model.vocab_size != ByteTokenizer.vocab_size:
+            raise ValueError(f"vocab_size: expected {ByteTokenizer.vocab_size}, and got {config.model.vocab_size}")
         self._shares = config.accumulate * self.processes.count
         if config.batch % self._shares:
             raise ValueError(
@@ -96,7 +98,6 @@ class Trainer:
             self.model,
             self.corpus.held_out,
             context=self.config.context,
-            batch=self.config.batch // self._shares,
             windows=windows,
             autocast=self._autocast(),
             processes=self.processes,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
+from onchip.generation import generate
 from onchip.training.checkpoint import write_json
 from onchip.training.curve import draw_curve
 from onchip.training.evaluation import compressed_bits_per_byte
@@ -20,16 +21,22 @@ def make_report(trainer: Trainer) -> dict[str, Any]:
     Every process takes part in the evaluation; all get the same answer. Cost: one forward pass over the held-out text.
     """
     config, held_out = trainer.config, trainer.corpus.held_out
+    bits = {"model": trainer.evaluate(), **compressed_bits_per_byte(held_out)}
     lines = read_metrics(trainer.folder.metrics)
     seconds = sum(config.tokens_per_step / line["tokens_per_second"] for line in lines)
+    # No longer than the windows it learnt from: beyond, it has never seen a position.
+    (sample,) = generate(
+        trainer.model, [""], max_new_tokens=min(500, config.context), temperature=0.8, seed=config.seed
+    )
     return {
-        "bits_per_byte": {"model": trainer.evaluate(), **compressed_bits_per_byte(held_out)},
+        "bits_per_byte": bits,
         "held_out_files": [document.name for document in held_out],
         "held_out_bytes": sum(len(document.data) for document in held_out),
         "parameters": trainer.model.num_parameters,
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step,
         "training_seconds": round(seconds, 1),
+        "sample": sample.text,
     }
 
 
@@ -43,16 +50,12 @@ def read_report(folder: RunFolder) -> dict[str, Any] | None:
         raise ValueError(f"{folder.report} is damaged: {error}") from None
 
 
-def write_report(folder: RunFolder, report: dict[str, Any]) -> Path | None:
-    """Write `report.json` and, where matplotlib is installed, the loss curve; returns the picture's path."""
+def write_report(folder: RunFolder, report: dict[str, Any]) -> None:
+    """Write `report.json` and, where matplotlib is installed, the loss curve."""
     figures = dict(report["bits_per_byte"])
-    picture: Path | None = folder.path / "loss.png"
-    try:
-        draw_curve(folder.path / "loss.png", read_metrics(folder.metrics), figures.pop("model"), figures)
-    except ImportError:
-        picture = None
+    with suppress(ImportError):
+        draw_curve(folder.curve, read_metrics(folder.metrics), figures.pop("model"), figures)
     write_json(folder.report, report)
-    return picture
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -28,11 +28,11 @@ class Request:
 class RunFolder:
     """The folder that a run writes.
 
-    train.json            the request: every setting, the corpus
+    train.json                        the request: every setting, the corpus
     config.json, model.safetensors    the model as of the last checkpoint, for `load_model`
-    metrics.jsonl         a line per step
-    checkpoints/          the last two
-    report.json, loss.png, sample.txt    once it has ended
+    metrics.jsonl                     a line per step
+    checkpoints/                      the last two
+    report.json, loss.png             once it has ended
     """
 
     path: Path
@@ -51,6 +51,11 @@ class RunFolder:
     def report(self) -> Path:
         """The file of results."""
         return self.path / "report.json"
+
+    @property
+    def curve(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
 
     @property
     def _request(self) -> Path:

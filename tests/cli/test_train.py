@@ -1,0 +1,218 @@
+"""`onchip train` as a person or a script meets it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onchip.models import load_model
+from onchip.training.metrics import read_metrics
+
+# Small enough for a second or two of training, and long enough to be killed in the middle.
+QUICK = ("--preset", "tiny", "--context", "32", "--batch", "4")
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", "from onchip.cli import main; main()", "train", *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def onchip(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options,  # type: ignore[call-overload]
+    )  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess[str], exit_code: int = 2) -> str:
+    """The one line that a refused command says."""
+    errors = [line for line in done.stderr.splitlines() if "warning" not in line]
+    assert done.returncode == exit_code, done.stderr
+    assert len(errors) == 1 and errors[0].startswith("onchip: "), done.stderr
+    return errors[0]
+
+
+def model(run: Path) -> bytes:
+    return (run / "model.safetensors").read_bytes()
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    return [{**line, "tokens_per_second": None} for line in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        text = "".join(f"line {j} of the text {i}, {'which goes on' * (j % 3)}\n" for j in range(20 + i))
+        (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run; what it printed is beside it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = onchip(corpus, *QUICK, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    folder.with_suffix(".out").write_text(done.stdout)
+    return folder
+
+
+def test_a_run_says_what_it_does_and_what_came_of_it(run: Path) -> None:
+    out = run.with_suffix(".out").read_text()
+    for words in (
+        "parameters",
+        "held out",
+        "step 60/60",
+        "tokens/s",
+        "gzip -9",
+        "xz -9",
+        "A new document",
+        "onchip show",
+    ):
+        assert words in out
+    report = json.loads((run / "report.json").read_text())
+    assert f"this model  {report['bits_per_byte']['model']:.3f}" in out
+    assert load_model(run).config.d_model == 32
+    assert {path.name for path in run.iterdir()} >= {
+        "train.json", "config.json", "model.safetensors", "metrics.jsonl", "checkpoints", "report.json",
+    }  # fmt: skip
+
+
+def test_the_same_command_again_goes_on_and_changes_nothing(run: Path, corpus: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments in ([corpus, *QUICK, "--out", run], ["--out", run]):
+        done = onchip(*arguments)
+        assert done.returncode == 0
+        assert "going on after step 60" in done.stdout and "gzip -9" in done.stdout
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_run_is_never_overwritten(run: Path, corpus: Path, tmp_path: Path) -> None:
+    before = model(run)
+    assert "lr 0.01, not 0.5" in refused(onchip(corpus, *QUICK, "--lr", "0.5", "--out", run))
+    (tmp_path / "other").write_text("another text, long enough for a window or two of thirty-two bytes")
+    assert "another corpus" in refused(onchip(tmp_path / "other", *QUICK, "--out", run))
+    assert model(run) == before
+
+
+def until(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the run in `folder` has done `step` steps."""
+    path = folder / "metrics.jsonl"
+    while not path.exists() or not any(line["step"] >= step for line in read_metrics(path)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_ends_as_the_whole_one(run: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    for step in (10, 25):  # before the first checkpoint, and after it
+        with subprocess.Popen(
+            command(corpus, *QUICK, "--out", folder),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            until(folder, step, process)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    done = onchip("--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    assert model(folder) == model(run)
+    assert lines(folder) == lines(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_asked_to_stop_says_how_to_go_on(run: Path, corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "stopped"
+    with subprocess.Popen(
+        command(corpus, *QUICK, "--out", folder),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        until(folder, 3, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, err
+    assert f"Go on with: onchip train --out {folder}" in out
+    assert "Traceback" not in err
+    assert onchip("--out", folder).returncode == 0
+    assert model(folder) == model(run)
+    assert lines(folder) == lines(run)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_nothing(run: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    size = (run / "model.safetensors").stat().st_size
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+
+    line = refused(onchip(corpus, *QUICK, "--out", folder, preexec_fn=small_disk), exit_code=1)
+    assert "step 20 could not be written" in line and f"onchip train --out {folder}" in line
+    assert not list(folder.glob("checkpoints/*")) and not list(folder.glob(".*.tmp"))
+    assert onchip("--out", folder).returncode == 0
+    assert model(folder) == model(run)
+
+
+def test_bad_input_is_one_line_before_any_work(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bad.json").write_text('{"d_model": 3')
+    cases = {
+        "no file or folder": (tmp_path / "nowhere",),
+        "found 0 bytes": (tmp_path / "empty",),
+        "window of 64 tokens": (tmp_path / "short.txt",),
+        "steps: expected 1 or more": (corpus, "--steps", "0"),
+        "bad.json": (corpus, "--model", tmp_path / "bad.json"),
+        "device: expected": (corpus, "--device", "abacus"),
+    }
+    # One process for all: what is tested is what `main` makes of each.
+    program = (
+        "import json, sys\n"
+        "from onchip.cli import main\n"
+        "for arguments in json.load(sys.stdin):\n"
+        "    try:\n        main(['train', '--preset', 'tiny', '--out', sys.argv[1], *arguments])\n"
+        "    except SystemExit as exit:\n        print(exit.code)\n"
+    )
+    arguments = json.dumps([list(map(str, case)) for case in cases.values()])
+    done = subprocess.run(
+        [sys.executable, "-c", program, out],
+        input=arguments,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["2"] * len(cases), done
+    for words, line in zip(cases, done.stderr.splitlines(), strict=True):
+        assert line.startswith("onchip: ") and words in line
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(corpus: Path) -> None:
+    assert "cannot write in /proc/run" in refused(onchip(corpus, *QUICK, "--out", "/proc/run"))
+
+
+def test_the_help_says_how_to_go_on_after_an_interruption() -> None:
+    done = onchip("--help")
+    assert done.returncode == 0
+    for words in ("Ctrl-C", "standard library", "gzip", "--preset", "torchrun"):
+        assert words in done.stdout
