@@ -1,6 +1,7 @@
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onchip.nn.rotary import RotaryTable, rotate
 
@@ -36,3 +37,10 @@ def test_compiled_arithmetic_is_the_same():
     x, table = torch.randn(1, 5, 2, 8), RotaryTable(8)(5, like=torch.randn(1))
     compiled = torch.compile(rotate, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, table), rotate(x, table))
+
+
+def test_a_stand_in_for_a_tensor_is_not_kept():
+    table = RotaryTable(8)
+    with FakeTensorMode() as mode:
+        assert table(5, like=mode.from_tensor(torch.randn(1))).shape == (5, 4, 2)
+    assert type(table(5, like=torch.randn(1))) is torch.Tensor

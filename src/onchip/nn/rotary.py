@@ -1,5 +1,7 @@
 """Rotary position embedding: pairs of features turned by an angle that grows with the position."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -45,14 +47,16 @@ class RotaryTable:
             raise ValueError(f"base must be positive, got {base}")
         self.head_dim = head_dim
         self.base = base
-        self._turns: Tensor | None = None
+        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, length: int, like: Tensor) -> Tensor:
         """`(length, head_dim/2, 2)` on the device of `like` and in the precision that suits it."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        turns = self._turns
-        if turns is None or len(turns) < length or turns.dtype != dtype or turns.device != like.device:
-            turns = self._turns = self._compute(1 << max(length - 1, 0).bit_length(), like.device, dtype)
+        turns = self._kept.get((like.device, dtype))
+        if turns is None or len(turns) < length:
+            turns = self._compute(1 << max(length - 1, 0).bit_length(), like.device, dtype)
+            if type(turns) is Tensor:  # not one that only stands for a tensor, as while a model is exported
+                self._kept[like.device, dtype] = turns
         return turns[:length]
 
     # A table made while generating in inference mode must serve a later training step.
@@ -62,3 +66,9 @@ class RotaryTable:
         i = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
         angles = torch.outer(t, self.base ** (-2 * i / self.head_dim))
         return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def rotary_table(head_dim: int, base: float) -> RotaryTable:
+    """The table that all layers of this head dim and base share: at 10⁶ positions it takes hundreds of megabytes."""
+    return RotaryTable(head_dim, base)

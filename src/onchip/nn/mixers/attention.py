@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onchip.nn.mixers.base import Mixer, State
-from onchip.nn.rotary import RotaryTable, rotate
+from onchip.nn.rotary import rotary_table, rotate
 from onchip.ops import attention
 from onchip.ops.attention.reference import attention_matrix
 
@@ -205,7 +205,7 @@ class Attention(Mixer[AttentionState]):
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.window = (left, 0 if causal else right)
         self.causal = self.window[1] == 0
-        self.rotary = None if rope_base is None else RotaryTable(self.head_dim, rope_base)
+        self.rotary = None if rope_base is None else rotary_table(self.head_dim, rope_base)
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
