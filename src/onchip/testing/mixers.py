@@ -157,9 +157,13 @@ def check_states(factory: MixerFactory) -> None:
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             _, state = _in_steps(mixer, x[:, :20], mixer.initial_state(3))
-            _in_chunks(mixer, _normal(3, 5, mixer.d_model, seed=1), [0, 1, 5], state)
+            _, other = _in_chunks(mixer, x[:, 20:28], [0, 1, 8], state)
+            # Others that begin where the first one did; none may see another.
+            _in_chunks(mixer, _normal(3, 12, mixer.d_model, seed=1), [0, 1, 2, 12], state)
+            tail, _ = _in_chunks(mixer, x[:, 28:], [0, 1, 9], other)
+            _assert_close(tail, expected[:, 28:], "the first of three continuations of a state")
             tail, _ = _in_chunks(mixer, x[:, 20:], [0, 1, 9, 17], state)
-            _assert_close(tail, expected[:, 20:], "the second continuation of a state")
+            _assert_close(tail, expected[:, 20:], "the last of three continuations of a state")
             index = torch.tensor([2, 0, 0, 2])
             tail, after = _in_chunks(mixer, x[index, 20:], [0, 9, 10, 17], state.reorder(index))
             _assert_close(tail, expected[index, 20:], "after reorder")
