@@ -141,8 +141,9 @@ def _train(trainer: "Trainer") -> None:
     if report is None:
         console.print("\nJudging the model by all of the held-out text …")
         report = make_report(trainer)
-        if trainer.processes.first:
-            write_report(trainer.folder, report)
+        if report is None:  # not the first of several processes
+            return
+        write_report(trainer.folder, report)
     console.print(f"\n{describe(report)}\n")
     console.print(f"A new document, as the model writes it:\n\n{_printable(report['sample'])}\n")
     console.print(_afterwards(trainer.folder))

@@ -16,7 +16,7 @@ def choose_device(name: str | None = None) -> torch.device:
     """
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or own)
+        device = torch.device(own if name in (None, "cuda") else name)
     except RuntimeError:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, and got {name!r}") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):

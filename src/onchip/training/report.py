@@ -15,13 +15,17 @@ from onchip.training.metrics import read_metrics
 from onchip.training.run import RunFolder
 
 
-def make_report(trainer: Trainer) -> dict[str, Any]:
+def make_report(trainer: Trainer) -> dict[str, Any] | None:
     """Judge the model of a finished run by all of its held-out text, next to what compressors make of the same bytes.
 
-    Every process takes part in the evaluation; all get the same answer. Cost: one forward pass over the held-out text.
+    Every process takes part in the evaluation; the first gets the report, the others None. Cost: one forward pass over
+    the held-out text.
     """
     config, held_out = trainer.config, trainer.corpus.held_out
-    bits = {"model": trainer.evaluate(), **compressed_bits_per_byte(held_out)}
+    bits = {"model": trainer.evaluate()}
+    if not trainer.processes.first:
+        return None
+    bits |= compressed_bits_per_byte(held_out)
     lines = read_metrics(trainer.folder.metrics)
     seconds = sum(config.tokens_per_step / line["tokens_per_second"] for line in lines)
     # No longer than the windows it learnt from: beyond, it has never seen a position.
