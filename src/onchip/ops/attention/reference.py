@@ -35,7 +35,9 @@ def attention_with_lse(
         return _dense(q, k, v, left, right, scale, softcap, bias, alibi_slopes, sinks)
     assert cu_seqlens_k is not None
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [_compute(q.new_empty(q.shape[1], 0))]
+    # An empty sequence first, so that no sequences at all give outputs too, with a gradient.
+    out, lse = _dense(q[None, :0], k[None, :0], v[None, :0], left, right, scale, softcap, None, None, None)
+    outs, lses = [out[0]], [lse[0]]
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
         bias_b = None if bias is None else _corner(bias, b, q1 - q0, k1 - k0)
         slopes_b = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b]
