@@ -68,8 +68,7 @@ class Bar(Silent):
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
@@ -77,6 +76,7 @@ class Bar(Silent):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            expand=True,
             # Steps are even; a long memory keeps the estimate calm through checkpoints and evaluations.
             speed_estimate_period=120,
         )
