@@ -62,7 +62,7 @@ endef
 
 $(READY): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 	@test -x $(BIN)/pip && $(BIN)/python -c '' || { $(FIND_PYTHON); echo "Setting up .venv, once"; "$$python" -m venv --clear .venv; }
-	PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --progress-bar off -e '.[dev]'
 	@$(BIN)/python -c 'import onchip._native' 2>/dev/null || echo \
 	  'The native kernels were not built (is there a C++20 compiler?): onchip works, slowly. `make native` tries again.'
 	@touch $@

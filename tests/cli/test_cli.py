@@ -26,7 +26,7 @@ def run(capsys, monkeypatch):
 def test_help_names_every_command(run):
     code, out, err = run("--help")
     assert code == 0 and not err
-    for command in ("bench", "explain"):
+    for command in ("train", "generate", "show", "bench", "explain"):
         assert command in out
 
 

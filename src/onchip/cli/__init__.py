@@ -16,6 +16,9 @@ import onchip
 from onchip.cli import errors
 from onchip.cli.bench import bench
 from onchip.cli.explain import explain
+from onchip.cli.generate import generate
+from onchip.cli.show import show
+from onchip.cli.train import train
 
 app = typer.Typer(
     name="onchip",
@@ -27,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+for _command in (train, generate, show):
+    app.command()(_command)
 app.add_typer(bench)
 app.add_typer(explain)
 
