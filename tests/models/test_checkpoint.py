@@ -10,7 +10,11 @@ from onchip.models import LanguageModel, ModelConfig, load_model, save_model
 
 def make(**changes):
     layers = [{"mixer": "attention", "n_heads": 2, "window": (3, 0), "sinks": True}]
-    return LanguageModel(ModelConfig(**{"vocab_size": 19, "d_model": 8, "layers": layers, "d_mlp": 16, **changes}))
+    model = LanguageModel(ModelConfig(**{"vocab_size": 19, "d_model": 8, "layers": layers, "d_mlp": 16, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 @pytest.fixture

@@ -11,13 +11,17 @@ LAYERS = [
 
 
 def make(**changes):
-    torch.manual_seed(0)
     return LanguageModel(ModelConfig(**{"vocab_size": 19, "d_model": 16, "layers": LAYERS, "d_mlp": 24, **changes}))
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def model(request):
-    return make(tie_embeddings=request.param).double()
+    """A model whose layers do something: new ones are the identity."""
+    model = make(tie_embeddings=request.param).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def close(actual, expected):
@@ -85,10 +89,15 @@ def test_the_first_loss_is_that_of_the_uniform_distribution():
     assert abs(loss - torch.tensor(257.0).log()) < 0.3
 
 
-def test_compiles_as_one_graph():
-    model = make()
+def test_compiles_as_one_graph(model):
     tokens = torch.randint(19, (2, 30))
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), model(tokens))
+
+
+def test_layers_begin_as_the_identity():
+    model = make(tie_embeddings=False)
+    tokens = torch.randint(19, (2, 9))
+    assert torch.equal(model(tokens), model.head(model.norm(model.embedding(tokens))))
 
 
 def test_counts_its_parameters():

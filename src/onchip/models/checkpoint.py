@@ -20,6 +20,13 @@ def save_model(model: LanguageModel, folder: str | Path) -> None:
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full; what was there before is still there.
+
+    >>> import tempfile
+    >>> config = ModelConfig(vocab_size=9, d_model=8, layers=[{"mixer": "attention", "n_heads": 2}], d_mlp=16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(LanguageModel(config), folder)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['config.json', 'model.safetensors']
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

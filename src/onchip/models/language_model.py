@@ -1,6 +1,5 @@
 """A language model: an embedding, residual layers of one mixer and one MLP each, and logits over the next token."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
@@ -79,8 +78,8 @@ class LanguageModel(nn.Module):
     logits, state = model.step(token, state)        token (B,), logits (B, vocab_size)
     ```
 
-    Weights start normal with standard deviation 0.02; the projections that write into the residual stream are smaller
-    by √(2 · layers), so that its variance does not grow with depth.
+    The embedding starts normal with standard deviation 0.02, the projections that write into the residual stream start
+    at zero, so that every layer begins as the identity at any depth; the rest is as its modules make it.
 
     Raises:
         ValueError: a layer that cannot be built, or is not causal.
@@ -102,7 +101,10 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(_layer(config, i) for i in range(len(config.layers)))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._initialise()
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for layer in self._layers():
+            nn.init.zeros_(layer.mixer.out.weight)
+            nn.init.zeros_(layer.mlp.out.weight)
 
     @property
     def num_parameters(self) -> int:
@@ -179,16 +181,6 @@ class LanguageModel(nn.Module):
 
     def _layers(self) -> Sequence[Layer]:
         return cast(Sequence[Layer], self.layers)
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-        for layer in self._layers():
-            for out in (layer.mixer.out, layer.mlp.out):
-                out.weight /= math.sqrt(2 * len(self.layers))
 
 
 def _layer(config: ModelConfig, index: int) -> Layer:

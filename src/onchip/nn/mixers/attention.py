@@ -12,6 +12,8 @@ from onchip.nn.rotary import rotary_table, rotate
 from onchip.ops import attention
 from onchip.ops.attention.reference import attention_matrix
 
+_SPARE = 16  # columns of room that even a short cache has
+
 
 @dataclass
 class _Fill:
@@ -117,9 +119,6 @@ class AttentionState(State):
             and self.end + T <= self.keys.shape[1]
             and (torch.is_inference_mode_enabled() or not self.keys.is_inference())
         )
-
-
-_SPARE = 16
 
 
 def _joined(old: Tensor, new: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
     causal: bool
     """Whether output t depends on inputs up to t alone. Only then are there states."""
     out: nn.Linear
-    """The last projection, back into the residual stream; a deep model scales it at initialisation."""
+    """The last projection, back into the residual stream; a model starts with its weight at zero."""
 
     @overload
     def forward(self, x: Tensor, state: None = None, *, cu_seqlens: Tensor | None = None) -> Tensor: ...
