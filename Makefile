@@ -18,12 +18,12 @@ help: ## List the targets
 demo: $(READY) ## Train a small language model on real text, sample from it, draw what it does (3 to 5 minutes)
 	$(BIN)/onchip train --preset demo --out demo
 	$(BIN)/onchip show demo
-	@printf '\nEverything is in demo/. To go on:\n'
+	@printf '\nEverything is in demo/. After `. .venv/bin/activate` try:\n'
 	@printf '  %s\n' \
-	  '$(BIN)/onchip generate demo --prompt "def "' \
-	  '$(BIN)/onchip train --preset small --out runs/small     # half an hour, beats gzip' \
-	  '$(BIN)/onchip train YOUR_TEXT --preset demo --out runs/yours' \
-	  '$(BIN)/onchip --help'
+	  'onchip generate demo --prompt "def "' \
+	  'onchip show demo --text "for i in range(10): print(i)"' \
+	  'onchip train YOUR_TEXT --out runs/yours' \
+	  'onchip train --preset small --out runs/small     (half an hour; beats gzip)'
 
 test: $(READY) ## Run the whole test suite; ARGS="-k name" for a part
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -46,7 +46,7 @@ clean: ## Remove what was built, the caches and .venv; runs and demo stay
 .venv: $(READY) ## Set up: a virtual environment, the pinned dependencies, the native build
 
 define FIND_PYTHON
-python=; for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+python=; for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$$p && break; \
 done; \
 if [ -z "$$python" ]; then \

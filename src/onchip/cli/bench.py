@@ -36,14 +36,12 @@ def attention(
     lengths: Annotated[str | None, typer.Option(metavar="T,T,…", help="Instead of the suite's own.")] = None,
     head_dims: Annotated[str | None, typer.Option(metavar="D,D,…", help="Instead of the suite's own.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
     malloc: Annotated[
         Literal["default", "tuned", "both"],
         typer.Option(help="glibc's own settings, or set to keep freed memory, which helps PyTorch most."),
     ] = "default",
-    flex: Annotated[
-        bool, typer.Option("--flex", help="Also compiled flex_attention; 10 s more for each case.")
-    ] = False,
+    flex: Annotated[bool, typer.Option("--flex", help="Also compiled flex_attention; 10 s more a case.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Short sequences and few rounds: a minute, rough.")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on a case, at least five rounds.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Folder for attention.jsonl and attention.png.")] = None,
@@ -86,6 +84,8 @@ def attention(
     from onchip.bench import plot, report, rows
     from onchip.bench.attention import measure
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Failure("--device cuda: PyTorch finds no GPU here", exit_code=2)
     torch.set_num_threads(threads or machine.cores())
     here = machine.describe(device, malloc)
     folder = _results() / here.slug if record else out

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from onchip.bench.cases import Dtype
+from onchip.cli.errors import Failure
 from onchip.cli.values import integers, reach
 
 explain = typer.Typer(
@@ -48,8 +49,12 @@ def attention(
     q_shape = integers("--shape", shape, count=4)
     k_shape = integers("--kv-shape", kv_shape, count=4) if kv_shape else q_shape
     v_shape = [*k_shape[:3], v_dim or k_shape[3]]
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise Failure(f"--device must be cpu, cuda or cuda:N, got {device!r}", exit_code=2) from None
     with FakeTensorMode():
-        q, k, v = (torch.empty(x, dtype=getattr(torch, dtype), device=device) for x in (q_shape, k_shape, v_shape))
+        q, k, v = (torch.empty(x, dtype=getattr(torch, dtype), device=place) for x in (q_shape, k_shape, v_shape))
     explanation = onchip.explain(
         onchip.attention, q, k, v, causal=causal, window=reach("--window", window), backend=backend
     )
