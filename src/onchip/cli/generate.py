@@ -49,11 +49,15 @@ def generate(
     prompts = [os.fsencode(text) for text in prompt or []] + [inputs.read(name) for name in prompt_file or []]
     prompts = [text for text in prompts or [b""] for _ in range(samples)]
 
+    import torch
+
     from onchip.generation import stream
     from onchip.models import load_model
     from onchip.training.devices import choose_device
 
     model = load_model(folder, choose_device(device))
+    if model.num_parameters < 10_000_000:
+        torch.set_num_threads(1)  # a step is over before a second thread has woken
     start = time.perf_counter()
     pieces = stream(
         model,
