@@ -1,10 +1,12 @@
 // Attention, forward, for few queries: K and V are read once, where they lie, and reading them is all the time there is.
 //
 // With a handful of rows a key head there is nothing to gain from packing. Scores are dot products with a key's own
-// row, and P·V runs over values as they lie; 16-bit elements widen in registers. While one block of keys is worked on,
-// the next is prefetched: rows of one head lie far apart, where the hardware's prefetchers do not follow. Keys are cut
-// into spans of fixed length, so that one long sequence occupies every core and its bits depend on nothing else; the
-// spans' partial results are joined at the end, in order.
+// row, P·V runs over values as they lie, and 16-bit elements widen in registers. What counts is to read in the order of
+// addresses: only then do the hardware's prefetchers run, and a core without them waits for its few outstanding misses
+// (measured: 25 GB/s in order, 7 out of order, software prefetch or not). So a unit of work is a span of keys with all
+// its heads where a key's heads are neighbours in memory, with one head where a head's keys are. Spans have a fixed
+// length, so that one long sequence occupies every core and its bits depend on nothing else; their partial results are
+// joined at the end, in order.
 #pragma once
 
 #include "common/gemm.hpp"
@@ -16,8 +18,17 @@
 namespace onchip::ONCHIP_ISA {
 
 constexpr int64_t kStreamRows = 16;    // at most this many rows a key head
-constexpr int64_t kStreamSpan = 1024;  // keys of a unit
-constexpr int64_t kStreamBlock = 64;   // keys worked on at once: their K and V stay in the second-level cache
+constexpr int64_t kStreamSpan = 256;          // keys of a unit
+constexpr int64_t kStreamBytes = 256 * 1024;  // of K and V between two visits to the softmax
+constexpr int64_t kStreamAhead = 4096;        // bytes by which reading is announced
+
+// Heads that a unit takes together.
+inline int64_t stream_heads(const Problem& p) { return p.k.strides[2] < p.k.strides[1] ? p.kv_heads : 1; }
+
+inline int64_t stream_keys(const Problem& p) {
+    const int64_t key = stream_heads(p) * (p.head_dim + p.value_dim) * item_size(p.k.dtype);
+    return std::clamp<int64_t>(kStreamBytes / key / 16 * 16, 16, 64);
+}
 
 inline bool streams(const Problem& p, const Sequence& s) {
     return s.q_length * p.group() <= kStreamRows && p.k.strides[3] == 1 && p.v.strides[3] == 1 &&
@@ -46,9 +57,9 @@ inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
 #endif
 
 struct StreamUnit {
-    int64_t sequence, kv_head;
-    Range keys;
-    int64_t partial;  // index of the unit's first row among all partial results
+    int64_t sequence;
+    Range heads, keys;
+    int64_t partial;  // index of the unit's first row among all partial results; rows are ordered by head
 };
 
 template <class T>
@@ -67,124 +78,182 @@ struct Partials {  // per unit and row: maximum, sum, and Σ p·v
     }
 };
 
+// Collects vectors whose lanes are to be summed, and sums them by the register full.
+template <class T>
+class LaneSums {
+public:
+    void push(Vec<T> x, T* to) {
+        x_[count_] = x;
+        to_[count_] = to;
+        if (++count_ == kLanes<T>) flush();
+    }
+    void flush() {
+        const Vec<T> sums = reduce_each<T>(x_, [](Vec<T> a, Vec<T> b) { return a + b; });
+        for (int i = 0; i < count_; ++i) *to_[i] = sums[i];
+        count_ = 0;
+    }
+
+private:
+    Vec<T> x_[kLanes<T>] = {};
+    T* to_[kLanes<T>];
+    int count_ = 0;
+};
+
 template <class T, class S>
 class StreamWorker {
 public:
     StreamWorker(const Problem& p, const Partials<T>& partials, Scratch& scratch)
-        : p_(p), partials_(partials), q_(scratch.take<T>(kStreamRows * p.head_dim)),
-          s_(scratch.take<T>(kStreamRows * kStreamBlock)), buffer_(scratch.take<T>(kStreamBlock)),
-          factor_(scratch.take<T>(kStreamRows)), run_(scratch, kStreamRows) {}
+        : p_(p), partials_(partials), keys_(stream_keys(p)), 
+          ahead_(std::max<int64_t>(2, kStreamAhead / (stream_heads(p) * p.head_dim * int64_t(sizeof(S))))), q_(scratch.take<T>(most_rows(p) * p.head_dim)),
+          s_(scratch.take<T>(most_rows(p) * keys_)), buffer_(scratch.take<T>(keys_)),
+          factor_(scratch.take<T>(most_rows(p))), run_(scratch, most_rows(p)) {}
 
     static size_t need(const Problem& p) {
-        return Scratch::need<T>(kStreamRows * p.head_dim) + Scratch::need<T>(kStreamRows * kStreamBlock) +
-               Scratch::need<T>(kStreamBlock) + Scratch::need<T>(kStreamRows) + Running<T>::need(kStreamRows);
+        const int64_t rows = most_rows(p), keys = stream_keys(p);
+        return Scratch::need<T>(rows * p.head_dim) + Scratch::need<T>(rows * keys) + Scratch::need<T>(keys) +
+               Scratch::need<T>(rows) + Running<T>::need(rows);
     }
 
     void run(const StreamUnit& unit) {
         const Sequence& s = p_.sequences[unit.sequence];
-        const Scores<T> scores(p_, s, unit.kv_head);
-        const int64_t rows = s.q_length * p_.group();
-        read_queries(p_, p_.q, s, unit.kv_head, 0, rows, p_.head_dim, T(query_factor(p_)), q_, p_.head_dim);
+        rows_ = s.q_length * p_.group();
+        const int64_t all = (unit.heads.end - unit.heads.begin) * rows_;
+        for (int64_t h = unit.heads.begin; h < unit.heads.end; ++h)
+            read_queries(p_, p_.q, s, h, 0, rows_, p_.head_dim, T(query_factor(p_)),
+                         q_ + (h - unit.heads.begin) * rows_ * p_.head_dim, p_.head_dim);
         T* const out = partials_.out + unit.partial * partials_.pitch;
-        std::fill(out, out + rows * partials_.pitch, T(0));
-        run_.clear(0, kStreamRows);
-        for (int64_t first = unit.keys.begin; first < unit.keys.end; first += kStreamBlock) {
-            const int64_t last = std::min(first + kStreamBlock, unit.keys.end);
-            prefetch_keys(p_.v, s, unit.kv_head, first, last, p_.value_dim);
-            dots(rows, key_at(p_.k, s, unit.kv_head, first), last - first);
-            prefetch_keys(p_.k, s, unit.kv_head, last, std::min(last + kStreamBlock, unit.keys.end), p_.head_dim);
-            softmax(scores, rows, first, last - first);
-            values(rows, key_at(p_.v, s, unit.kv_head, first), last - first, out);
+        std::fill(out, out + all * partials_.pitch, T(0));
+        run_.clear(0, round_up(all, kLanes<T>));
+        for (int64_t first = unit.keys.begin; first < unit.keys.end; first += keys_) {
+            const Range keys{first, std::min(first + keys_, unit.keys.end)};
+            dots(s, unit.heads, keys);
+            softmax(s, unit.heads, keys);
+            for (int64_t row = 0; row < all; ++row) {
+                if (factor_[row] == T(1)) continue;
+                for (int64_t d = 0; d < p_.value_dim; ++d) out[row * partials_.pitch + d] *= factor_[row];
+            }
+            values(s, unit.heads, keys, out);
         }
-        std::copy(run_.top, run_.top + rows, partials_.top + unit.partial);
-        std::copy(run_.sum, run_.sum + rows, partials_.sum + unit.partial);
+        std::copy_n(run_.top, all, partials_.top + unit.partial);
+        std::copy_n(run_.sum, all, partials_.sum + unit.partial);
     }
 
 private:
-    const S* key_at(const Tensor& x, const Sequence& s, int64_t kv_head, int64_t key) const {
-        return reinterpret_cast<const S*>(key_row(x, s, kv_head, key));
-    }
+    static int64_t most_rows(const Problem& p) { return round_up(stream_heads(p) * kStreamRows, kLanes<T>); }
 
-    // s[row][key] = q[row] · k[key], as many keys and rows at a time as fill a vector with results.
-    void dots(int64_t rows, const S* k, int64_t count) {
-        constexpr int ROWS = std::min(4, kLanes<T>), KEYS = kLanes<T> / ROWS;
-        const int64_t stride = p_.k.strides[1];
-        for (int64_t key = 0; key < count; key += KEYS) {
-            const S* line[KEYS];
-            for (int j = 0; j < KEYS; ++j) line[j] = k + std::min(key + j, count - 1) * stride;
-            for (int64_t r = 0; r < rows; r += ROWS) {
-                const T* q[ROWS];
-                for (int i = 0; i < ROWS; ++i) q[i] = q_ + std::min(r + i, rows - 1) * p_.head_dim;
-                Vec<T> sums[KEYS * ROWS] = {};
-                for (int64_t d = 0; d < p_.head_dim; d += kLanes<T>) {
-#pragma GCC unroll 4
-                    for (int j = 0; j < KEYS; ++j) {
-                        const Vec<T> x = load_as<T>(line[j] + d);
-#pragma GCC unroll 4
-                        for (int i = 0; i < ROWS; ++i) sums[j * ROWS + i] += x * load(q[i] + d);
-                    }
+    // s[row][key] = q[row] · k[key]
+    void dots(const Sequence& s, Range heads, Range keys) {
+        LaneSums<T> sums;
+        for (int64_t key = keys.begin; key < keys.end; ++key) {
+            T* to = s_ + (key - keys.begin);
+            const T* q = q_;
+            for (int64_t h = heads.begin; h < heads.end; ++h) {
+                const S* const k = reinterpret_cast<const S*>(key_row(p_.k, s, h, key));
+                announce(p_.k, k, p_.head_dim);
+                for (int64_t r = 0; r < rows_; r += 4) {
+                    const int count = int(std::min<int64_t>(4, rows_ - r));
+                    with_rows(count, [&](auto rows) { dot<decltype(rows)::value>(q, k, to, sums); });
+                    q += count * p_.head_dim;
+                    to += count * keys_;
                 }
-                const Vec<T> sum = reduce_each<T>(sums, [](Vec<T> a, Vec<T> b) { return a + b; });
-                for (int j = 0; j < KEYS; ++j)
-                    for (int i = 0; i < ROWS; ++i) s_[std::min(r + i, kStreamRows - 1) * kStreamBlock + key + j] = sum[j * ROWS + i];
             }
         }
+        sums.flush();
     }
 
-    void softmax(const Scores<T>& scores, int64_t rows, int64_t first, int64_t count) {
-        const int64_t width = round_up(count, kLanes<T>);
-        for (int64_t r = 0; r < rows; ++r) {
-            const Range seen{scores.begin(r) - first, std::min(scores.end(r) - first, count)};
-            if (!scores.plain() || seen.begin > 0 || seen.end < width)
-                scores.logits(r, first, 0, width, seen, s_ + r * kStreamBlock, nullptr, buffer_);
+    template <class Body>
+    static void with_rows(int count, const Body& body) {
+        switch (count) {
+            case 1: return body(std::integral_constant<int, 1>{});
+            case 2: return body(std::integral_constant<int, 2>{});
+            case 3: return body(std::integral_constant<int, 3>{});
+            default: return body(std::integral_constant<int, 4>{});
         }
-        for (int64_t r = 0; r < rows; r += kLanes<T>)
-            absorb(run_.top + r, run_.sum + r, factor_ + r, s_ + r * kStreamBlock, kStreamBlock, 0, width);
     }
 
-    // out[row] = factor[row] · out[row] + Σ_key s[row][key] · v[key]
-    void values(int64_t rows, const S* v, int64_t count, T* out) {
-        for (int64_t r = 0; r < rows; r += 4) {
-            switch (rows - r) {
-                case 1: values_tile<1>(r, v, count, out); break;
-                case 2: values_tile<2>(r, v, count, out); break;
-                case 3: values_tile<3>(r, v, count, out); break;
-                default: values_tile<4>(r, v, count, out);
+    template <int ROWS>
+    void dot(const T* q, const S* k, T* to, LaneSums<T>& sums) {
+        constexpr int L = kLanes<T>;
+        Vec<T> even[ROWS] = {}, odd[ROWS] = {};  // two chains a row hide the latency of one
+        const int64_t dim = p_.head_dim;
+        int64_t d = 0;
+        for (; d + 2 * L <= dim; d += 2 * L) {
+            const Vec<T> x0 = load_as<T>(k + d), x1 = load_as<T>(k + d + L);
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i) {
+                even[i] += x0 * load(q + i * dim + d);
+                odd[i] += x1 * load(q + i * dim + d + L);
+            }
+        }
+        if (d < dim) {
+            const Vec<T> x = load_as<T>(k + d);
+            for (int i = 0; i < ROWS; ++i) even[i] += x * load(q + i * dim + d);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) sums.push(even[i] + odd[i], to + i * keys_);
+    }
+
+    void softmax(const Sequence& s, Range heads, Range keys) {
+        const int64_t count = keys.end - keys.begin, width = round_up(count, kLanes<T>);
+        const int64_t all = (heads.end - heads.begin) * rows_;
+        for (int64_t row = 0; row < all; ++row) {
+            const Scores<T> scores(p_, s, heads.begin + row / rows_);
+            const int64_t r = row % rows_;
+            const Range seen{scores.begin(r) - keys.begin, std::min(scores.end(r) - keys.begin, count)};
+            if (!scores.plain() || seen.begin > 0 || seen.end < width)
+                scores.logits(r, keys.begin, 0, width, seen, s_ + row * keys_, nullptr, buffer_);
+        }
+        for (int64_t row = 0; row < all; row += kLanes<T>)
+            absorb(run_.top + row, run_.sum + row, factor_ + row, s_ + row * keys_, keys_, 0, width);
+    }
+
+    // out[row] += Σ_key s[row][key] · v[key], two keys at a time, as every sum is stored each time.
+    void values(const Sequence& s, Range heads, Range keys, T* out) {
+        for (int64_t key = keys.begin; key < keys.end; key += 2) {
+            const bool pair = key + 1 < keys.end;
+            const T* weight = s_ + (key - keys.begin);
+            T* to = out;
+            for (int64_t h = heads.begin; h < heads.end; ++h) {
+                const S* const v0 = reinterpret_cast<const S*>(key_row(p_.v, s, h, key));
+                const S* const v1 = pair ? reinterpret_cast<const S*>(key_row(p_.v, s, h, key + 1)) : v0;
+                announce(p_.v, v0, p_.value_dim);
+                announce(p_.v, v1, p_.value_dim);
+                for (int64_t r = 0; r < rows_; r += 4) {
+                    const int count = int(std::min<int64_t>(4, rows_ - r));
+                    with_rows(count, [&](auto rows) { add_values<decltype(rows)::value>(weight, pair, v0, v1, to); });
+                    weight += count * keys_;
+                    to += count * partials_.pitch;
+                }
             }
         }
     }
 
     template <int ROWS>
-    void values_tile(int64_t r, const S* v, int64_t count, T* out) {
+    void add_values(const T* weight, bool pair, const S* v0, const S* v1, T* to) {
         constexpr int L = kLanes<T>;
-        const int64_t stride = p_.v.strides[1];
-        for (int64_t d = 0; d < p_.value_dim; d += 2 * L) {
-            T* const to = out + r * partials_.pitch + d;
-            Vec<T> sum[ROWS][2];
-#pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i) {
-                sum[i][0] = load(to + i * partials_.pitch) * factor_[r + i];
-                sum[i][1] = load(to + i * partials_.pitch + L) * factor_[r + i];
-            }
-            for (int64_t key = 0; key < count; ++key) {
-                const Vec<T> x0 = load_as<T>(v + key * stride + d), x1 = load_as<T>(v + key * stride + d + L);
-#pragma GCC unroll 4
-                for (int i = 0; i < ROWS; ++i) {
-                    const Vec<T> p = broadcast(s_[(r + i) * kStreamBlock + key]);
-                    sum[i][0] += p * x0;
-                    sum[i][1] += p * x1;
-                }
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i) {
-                store(to + i * partials_.pitch, sum[i][0]);
-                store(to + i * partials_.pitch + L, sum[i][1]);
-            }
+        const int64_t pitch = partials_.pitch, dim = p_.value_dim;
+        Vec<T> w0[ROWS], w1[ROWS];
+        for (int i = 0; i < ROWS; ++i) {
+            w0[i] = broadcast(weight[i * keys_]);
+            w1[i] = pair ? broadcast(weight[i * keys_ + 1]) : Vec<T>{};
         }
+        for (int64_t d = 0; d < dim; d += L) {
+            const Vec<T> x0 = load_as<T>(v0 + d), x1 = load_as<T>(v1 + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i) store(to + i * pitch + d, load(to + i * pitch + d) + w0[i] * x0 + w1[i] * x1);
+        }
+    }
+
+    // Fetches the row of the same head some keys further on.
+    void announce(const Tensor& x, const S* row, int64_t dim) const {
+        const char* const at = reinterpret_cast<const char*>(row + ahead_ * x.strides[1]);
+        for (int64_t byte = 0; byte < dim * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(at + byte);
     }
 
     const Problem& p_;
     const Partials<T>& partials_;
+    const int64_t keys_, ahead_;
+    int64_t rows_ = 0;
     T* const q_;
     T* const s_;
     T* const buffer_;
@@ -192,11 +261,10 @@ private:
     Running<T> run_;
 };
 
-// Joins the partial results of one (sequence, key head), `spans` times `rows` of them, and closes its rows.
+// Joins the partial results of one (sequence, heads), `rows` rows in each of `spans` spans, and closes the rows.
 template <class T>
-void join_spans(const Problem& p, const Sequence& s, int64_t kv_head, const Partials<T>& partials, int64_t first,
-                int64_t spans) {
-    const int64_t rows = s.q_length * p.group();
+void join_spans(const Problem& p, const Sequence& s, int64_t first_head, const Partials<T>& partials, int64_t first,
+                int64_t rows, int64_t spans) {
     for (int64_t at = first; at < first + rows; ++at) {
         T top = partials.top[at], sum = partials.sum[at];
         T* const out = partials.out + at * partials.pitch;
@@ -209,7 +277,8 @@ void join_spans(const Problem& p, const Sequence& s, int64_t kv_head, const Part
             sum = sum * a + partials.sum[part] * b;
             top = both;
         }
-        finish_row(p, s, kv_head, at - first, top, sum, out);
+        const int64_t per_head = s.q_length * p.group();
+        finish_row(p, s, first_head + (at - first) / per_head, (at - first) % per_head, top, sum, out);
     }
 }
 

@@ -34,7 +34,7 @@ void forward_packed(const Problem& p) {
 template <class T, class S>
 void forward_streamed(const Problem& p) {
     struct Join {
-        int64_t sequence, kv_head, partial, spans;
+        int64_t sequence, first_head, partial, rows, spans;
     };
     std::vector<StreamUnit> units;
     std::vector<Join> joins;
@@ -48,10 +48,11 @@ void forward_streamed(const Problem& p) {
         const Reach reach(p, s);
         const int64_t begin = reach.begin(0) / kStreamSpan, end = reach.end(s.q_length - 1);
         const int64_t spans = std::max<int64_t>(ceil_div(end, kStreamSpan) - begin, 1);
-        for (int64_t h = 0; h < p.kv_heads; ++h) {
-            joins.push_back({int64_t(i), h, partials, spans});
-            for (int64_t span = begin; span < begin + spans; ++span, partials += rows)
-                units.push_back({int64_t(i), h, {span * kStreamSpan, std::min((span + 1) * kStreamSpan, end)}, partials});
+        const int64_t heads = stream_heads(p);
+        for (int64_t h = 0; h < p.kv_heads; h += heads) {
+            joins.push_back({int64_t(i), h, partials, heads * rows, spans});
+            for (int64_t span = begin; span < begin + spans; ++span, partials += heads * rows)
+                units.push_back({int64_t(i), {h, h + heads}, {span * kStreamSpan, std::min((span + 1) * kStreamSpan, end)}, partials});
         }
     }
     if (units.empty()) return;
@@ -60,7 +61,8 @@ void forward_streamed(const Problem& p) {
     const Partials<T> results(scratch, partials, p.value_dim);
     auto workers = make_workers<StreamWorker<T, S>>(threads, scratch, p, results);
     parallel_units(threads, units.size(), [&](int thread, int64_t unit) { workers[thread].run(units[unit]); });
-    for (const Join& join : joins) join_spans(p, p.sequences[join.sequence], join.kv_head, results, join.partial, join.spans);
+    for (const Join& join : joins) 
+        join_spans(p, p.sequences[join.sequence], join.first_head, results, join.partial, join.rows, join.spans);
 }
 
 void forward(const Problem& p) {

@@ -41,7 +41,7 @@ inline void prefetch_keys(const Tensor& x, const Sequence& s, int64_t kv_head, i
     if (x.strides[3] != 1) return;
     for (int64_t key = begin; key < end; ++key) {
         const char* const row = key_row(x, s, kv_head, key);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
     }
 }
 
