@@ -39,14 +39,14 @@ def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[i
 
 def check_factors(scale: float | None, softcap: float) -> None:
     """scale and softcap are finite numbers, which a tensor is not: no gradient would reach it."""
-    for name, x in (("scale", scale), ("softcap", softcap)):
-        if x is None and name == "scale":
-            continue
+    for name, x in (("scale", 0.0 if scale is None else scale), ("softcap", softcap)):
         if not isinstance(x, float | int | numbers.Real):
             raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-        if not math.isfinite(x) or (name == "softcap" and x < 0):
-            wanted = "finite and not negative (0 for none)" if name == "softcap" else "finite"
-            raise ValueError(f"{name} must be {wanted}, got {x}")
+    # Comparisons, as torch.compile cannot trace math.isfinite of a number that varies.
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and not negative (0 for none), got {softcap}")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
