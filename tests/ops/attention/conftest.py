@@ -19,3 +19,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield name
     _native.kernels.poison_scratch(False)
     _native.kernels.use_instruction_set(before)
+
+
+@pytest.fixture(params=dict.fromkeys(name for name, _ in TARGETS))
+def implementation(request: pytest.FixtureRequest) -> str:
+    """An implementation's name, on its best instruction set: for what does not depend on the arithmetic."""
+    return request.param

@@ -1,4 +1,4 @@
-"""Every kernel against the reference: over the whole space of calls in float64, by the twice-eager rule in the others."""
+"""Every kernel against the reference: in float64 over the whole space of calls, else at twice the error of eager."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ EMPTY = {
 @pytest.mark.parametrize("tq, tk, more", EMPTY.values(), ids=EMPTY)
 def test_a_row_that_sees_nothing(backend, tq, tk, more):
     results = run(randn_case(1, tq, tk, 2, dim=32, **more), backend)
-    empty = results["lse"][0].T == -torch.inf  # (Tq, H)
+    empty = results["lse"][0].T.isneginf()  # (Tq, H)
     assert empty.any()
     assert (results["out"][0][empty] == 0).all()
     assert (results["q"][0][empty] == 0).all()

@@ -139,14 +139,14 @@ def test_a_finite_bias_hides_nothing_by_itself():
 
 
 DERIVATIVES = {
-    "everything": dict(
-        causal=True,
-        softcap=2.0,
-        bias=torch.randn(2, 1, 3, 1, dtype=F64),
-        alibi_slopes=torch.rand(2, 4, dtype=F64),
-        sinks=torch.randn(4, dtype=F64),
-    ),
-    "window": dict(window=(1, 1), scale=-0.7),
+    "everything": {
+        "causal": True,
+        "softcap": 2.0,
+        "bias": torch.randn(2, 1, 3, 1, dtype=F64),
+        "alibi_slopes": torch.rand(2, 4, dtype=F64),
+        "sinks": torch.randn(4, dtype=F64),
+    },
+    "window": {"window": (1, 1), "scale": -0.7},
 }
 
 

@@ -90,7 +90,7 @@ def _ahead(q: Tensor, k: Tensor) -> Tensor:
 def _terms(case: Case, *, grown: bool = False) -> dict[str, Tensor]:
     """Per result, the sum of the magnitudes of the terms that it sums.
 
-    `grown`: each probability times 1 + the largest sum of magnitudes among its row's logits. That is how much a relative
+    `grown`: each probability times 1 + the largest sum of magnitudes among its row's logits, which is how much a
     rounding error of the logits, or of lse, grows in the exponential.
     """
     q, k, v = (case[name].abs() for name in "qkv")
