@@ -1,11 +1,12 @@
 """The native CPU kernels, or why there are none."""
 
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 missing: str | None = None
-kernels: ModuleType
+kernels: Any = None
 
 try:
-    from onchip import _native as kernels
+    kernels = import_module("onchip._native")
 except ImportError as error:
     missing = f"the native CPU kernels are not installed ({error}); a C++20 compiler at install time builds them"

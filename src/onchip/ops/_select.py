@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why: the only code that chooses.
 
-An op lists its implementations, fastest first. By default the first that can serve the call runs; `backend="…"` asks for
-one and raises where it cannot serve. The reference serves everything, and where it stands in for a missing kernel it
-says so once.
+An op lists its implementations, fastest first. By default the first that can serve the call runs; `backend="…"`
+asks for one and raises where it cannot serve. The reference serves everything, and where it stands in for a missing
+kernel it says so once.
 """
 
 import inspect

@@ -46,7 +46,8 @@ def attention(
     The softcap, slope, bias and sink terms are there only where the arguments are. A row that sees nothing gives zeros.
 
     Args:
-        q: `(B, Tq, H, D)`, or `(total_q, H, D)` with `cu_seqlens_q`; float64, float32, bfloat16 or float16, any strides.
+        q: `(B, Tq, H, D)`, or `(total_q, H, D)` with `cu_seqlens_q`; float64, float32, bfloat16 or float16; any
+            strides.
         k: `(B, Tk, Hk, D)` or `(total_k, Hk, D)`; H a multiple of Hk (grouped-query and multi-query attention).
         v: `(B, Tk, Hk, Dv)` or `(total_k, Hk, Dv)`; Dv may differ from D. Head dims from 1 to 512 run in the kernels.
         causal: query i sees keys j ≤ p.
@@ -54,15 +55,15 @@ def attention(
             With `causal`, right is 0.
         scale: finite factor of q·k; by default 1/√D.
         softcap: bounds the logits to (-softcap, softcap); 0 for none.
-        bias: broadcastable to `(B, H, Tq, Tk)`; floating (added) or boolean (True = attend). For packed sequences Tq and
-            Tk are the longest lengths, and each sequence reads the top-left corner.
+        bias: broadcastable to `(B, H, Tq, Tk)`; floating (added) or boolean (True = attend). For packed sequences Tq
+            and Tk are the longest lengths, and each sequence reads the top-left corner.
         alibi_slopes: `(H,)` or `(B, H)`, floating: penalty per unit of distance.
         sinks: `(H,)`, floating: one more logit per head that takes probability and gives no value.
         cu_seqlens_q: `(B + 1,)` int32 or int64, from 0 to total_q, not descending: sequence b is rows
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`.
         cu_seqlens_k: the same for k and v; by default `cu_seqlens_q`.
-        backend: "cpu" or "reference" asks for an implementation and raises where it cannot serve; by default the fastest
-            that can. See `onchip.explain`.
+        backend: "cpu" or "reference" asks for an implementation and raises where it cannot serve; by default the
+            fastest that can. See `onchip.explain`.
 
     Returns:
         `(B, Tq, H, Dv)` or `(total_q, H, Dv)`, in q's dtype, contiguous.

@@ -1,5 +1,6 @@
 """What a call to attention must satisfy, and the sentences that say so when it does not."""
 
+import itertools
 import math
 import numbers
 
@@ -72,7 +73,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
         raise ValueError(f"k must have q's head dim {head_dim}, got shape {tuple(k.shape)}")
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"v must have k's batch, time and heads {tuple(k.shape[:-1])} before its head dim, got shape {tuple(v.shape)}"
+            f"v must have k's batch, time and heads {tuple(k.shape[:-1])} before its head dim, "
+            f"got shape {tuple(v.shape)}"
         )
     if not packed and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
@@ -145,7 +147,7 @@ def check_lengths(q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tenso
             raise ValueError(
                 f"{name} must run from 0 to the number of rows {x.shape[0]}, got {starts[0]} to {starts[-1]}"
             )
-        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(starts)]
         if min(lengths, default=0) < 0:
             at = next(i for i, n in enumerate(lengths) if n < 0)
             raise ValueError(

@@ -11,15 +11,20 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-_SCORE = "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None"
-
-library = torch.library.Library("onchip", "DEF")
-library.define(
-    f"attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, {_SCORE}) -> (Tensor out, Tensor lse)"
+_OPTIONAL = (
+    "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None"
 )
-library.define(
+
+library = torch.library.Library("onchip", "DEF")  # type: ignore[no-untyped-call]
+library.define(  # type: ignore[no-untyped-call]
+    "attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, "
+    f"{_OPTIONAL}) -> (Tensor out, Tensor lse)"
+)
+library.define(  # type: ignore[no-untyped-call]
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    f"int left, int right, float scale, float softcap, {_SCORE}, *, bool bias_grad=False, bool slopes_grad=False, bool sinks_grad=False)"
+    f"int left, int right, float scale, float softcap, {_OPTIONAL}, "
+    "*, bool bias_grad=False, bool slopes_grad=False, bool sinks_grad=False)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_slopes, Tensor grad_sinks)"
 )
 
@@ -45,9 +50,13 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 def output_like(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Uninitialised `out` and `lse` for a call."""
-    out = q.new_empty(q.shape[:-1] + v.shape[-1:])
-    shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
-    return out, q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    *rows, heads, head_dim = q.shape
+    shape = (heads, *rows) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(shape) if q.dtype == dtype else q.new_empty(shape, dtype=dtype)
+    if v.shape[-1] == head_dim and q.is_contiguous():
+        return torch.empty_like(q), lse  # costs a third of new_empty, and this is the price of every small call
+    return q.new_empty((*rows, heads, v.shape[-1])), lse
 
 
 def gradients_like(
@@ -61,7 +70,7 @@ def gradients_like(
     return (*(x.new_empty(x.shape) for x in inputs), *optional)
 
 
-@torch.library.register_fake("onchip::attention", lib=library)
+@torch.library.register_fake("onchip::attention", lib=library)  # type: ignore[untyped-decorator]
 def _(
     q: Tensor,
     k: Tensor,
@@ -79,7 +88,7 @@ def _(
     return output_like(q, k, v, cu_seqlens_q)
 
 
-@torch.library.register_fake("onchip::attention_backward", lib=library)
+@torch.library.register_fake("onchip::attention_backward", lib=library)  # type: ignore[untyped-decorator]
 def _(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -145,7 +154,7 @@ class _Attention(torch.autograd.Function):
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
         else:
             grads = _attention_backward(*args, **asked)
-        wanted = ctx.needs_input_grad[:3] + (needs_bias, needs_slopes, needs_sinks)
+        wanted = (*ctx.needs_input_grad[:3], needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return (*kept[:3], None, None, None, None, *kept[3:], None, None)
 
