@@ -18,12 +18,8 @@ help: ## List the targets
 demo: $(READY) ## Train a small language model on real text, sample from it, draw what it does (3 to 5 minutes)
 	$(BIN)/onchip train --preset demo --out demo
 	$(BIN)/onchip show demo
-	@printf '\nEverything is in demo/. After `. .venv/bin/activate` try:\n'
-	@printf '  %s\n' \
-	  'onchip generate demo --prompt "def "' \
-	  'onchip show demo --text "for i in range(10): print(i)"' \
-	  'onchip train YOUR_TEXT --out runs/yours' \
-	  'onchip train --preset small --out runs/small     (half an hour; beats gzip)'
+	@printf '\nEverything is in demo/. `. .venv/bin/activate` puts onchip on your PATH, for the commands above and for\n'
+	@printf '  %s\n' 'onchip show demo --text "for i in range(10): print(i)"' 'onchip --help'
 
 test: $(READY) ## Run the whole test suite; ARGS="-k name" for a part
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -95,11 +95,11 @@ def exactness(lengths: Sequence[int]) -> Finding:
         for length in lengths
         for error in errors(case(length), *(contender(x, case(length), torch.device("cpu")) for x in ("onchip", PEER)))
     ]
-    worst = max(found, key=lambda error: error.ours / (2 * error.peer + 4 * error.ulp))
+    worst = max(found, key=lambda error: error.ours / error.allowed)
     return Finding(
         "the output and the gradients are those of standard attention",
         f"largest error {worst.ours:.1e}, eager attention's {worst.peer:.1e} ({worst.name})",
-        worst.ours <= 2 * worst.peer + 4 * worst.ulp,
+        worst.ours <= worst.allowed,
     )
 
 

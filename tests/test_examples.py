@@ -20,7 +20,9 @@ def run(*arguments, **options):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onchip._native") is None, reason="it shows the native kernel serving")
-@pytest.mark.parametrize("code, output", re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize(
+    "code, output", re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, re.DOTALL), ids=["first"]
+)
 def test_readme_shows_what_its_code_prints(code, output):
     assert run("-c", code) == output
 
