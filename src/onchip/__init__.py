@@ -6,7 +6,24 @@
 torch.Size([1, 128, 4, 32])
 """
 
-from onchip.ops import attention, attention_with_lse, explain
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onchip.ops import attention, attention_with_lse, explain
 
 __all__ = ["__version__", "attention", "attention_with_lse", "explain"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The functions bring torch, which takes seconds to load: the command line answers --help without it.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from onchip import ops
+
+    globals()[name] = value = getattr(ops, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
