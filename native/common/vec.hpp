@@ -106,7 +106,7 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
 inline Vec<float> exp2(Vec<float> x) {
     using Bits = VecOf<float>::bits;
     const Vec<float> floor = broadcast(-127.0f);
-    x = x < floor ? floor : x;
+    x = floor > x ? floor : x;  // one instruction, which keeps a NaN
     const Vec<float> shifted = x + 12582912.0f;
     const Vec<float> f = x - (shifted - 12582912.0f);
     Vec<float> p = broadcast(1.5353362e-4f);
@@ -122,7 +122,7 @@ inline Vec<float> exp2(Vec<float> x) {
 inline Vec<double> exp2(Vec<double> x) {
     using Bits = VecOf<double>::bits;
     const Vec<double> floor = broadcast(-1023.0);
-    x = x < floor ? floor : x;
+    x = floor > x ? floor : x;  // one instruction, which keeps a NaN
     const Vec<double> shifted = x + 6755399441055744.0;
     const Vec<double> f = (x - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
     Vec<double> p = broadcast(1.0 / 6227020800.0);  // e^f by its Taylor series: |f| ≤ 0.35, so 13 terms reach 1e-16
