@@ -149,6 +149,19 @@ def test_autocast(implementation, dtype):
     assert all(map(torch.equal, *grads))
 
 
+def test_autocast_inside_a_compiled_function(implementation):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = onchip.attention(q, q, q)
+        return cast, onchip.attention(q, q, q)
+
+    torch._dynamo.reset()
+    q = torch.randn(1, 9, 2, 8)
+    for out, x in zip(compiled(q), (q.bfloat16(), q), strict=True):
+        assert torch.equal(out, onchip.attention(x, x, x, backend=implementation))
+
+
 def test_without_gradients_the_same_bits(implementation):
     call = randn_case(1, 9, 12, 2)
     q = call["q"].requires_grad_()

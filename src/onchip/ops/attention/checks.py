@@ -12,9 +12,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as PyTorch's autocast wants them for its own attention: in the low precision, except float64."""
-    if not all(isinstance(x, Tensor) for x in (q, k, v)) or not torch._C._is_autocast_available(q.device.type):
+    if not torch._C._is_any_autocast_enabled() or not all(isinstance(x, Tensor) for x in (q, k, v)):
         return q, k, v
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
