@@ -17,12 +17,15 @@ public:
         turns_ = std::vector<std::atomic<int64_t>>(plan_.blocks);
         finished_ = std::vector<std::atomic<int64_t>>(plan_.heads);
         int64_t turn = 0;
+        std::vector<int64_t> users;  // of slots: heads with tiles, as one without would be done before it began
         for (size_t i = 0; i < p.sequences.size(); ++i) {
             const Sequence& s = p.sequences[i];
             const int64_t tiles = ceil_div(s.k_length, tile_keys(p)), blocks = count_blocks(p, s), rows = count_rows(p, s);
             for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
-                const int64_t n = heads_.size(), before = n - plan_.slots;
-                heads_.push_back({int64_t(i), kv_head, tiles, blocks, slots + n % plan_.slots * plan_.slot_size,
+                const int64_t n = heads_.size(), slot = users.size() % plan_.slots;
+                const int64_t before = int64_t(users.size()) < plan_.slots ? -1 : users[users.size() - plan_.slots];
+                if (tiles > 0) users.push_back(n);
+                heads_.push_back({int64_t(i), kv_head, tiles, blocks, slots + slot * plan_.slot_size,
                                   before < 0 ? nullptr : &finished_[before], before < 0 ? 0 : heads_[before].tiles,
                                   turns_.data() + turn, &finished_[n], lse2, delta, g.slopes ? slopes : nullptr});
                 lse2 += rows;

@@ -58,7 +58,7 @@ void finish_row(const Problem& p, const Sequence& s, int64_t kv_head, int64_t ro
         const double sink = *reinterpret_cast<const T*>(p.sinks.at(head, 0, 0)) * kLog2e;
         const double both = std::max(top, sink);
         factor = top == both ? 1 : std::exp2(top - both);
-        sum = sum * factor + std::exp2(sink - both);
+        sum = sum * factor + (sink == kMinusInfinity<double> ? 0 : std::exp2(sink - both));
         top = both;
     }
     const bool empty = sum == 0;  // a NaN sum is not empty: it must show

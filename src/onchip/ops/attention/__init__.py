@@ -55,8 +55,9 @@ def attention(
             With `causal`, right is 0.
         scale: finite factor of q·k; by default 1/√D.
         softcap: bounds the logits to (-softcap, softcap); 0 for none.
-        bias: broadcastable to `(B, H, Tq, Tk)`; floating (added) or boolean (True = attend). For packed sequences Tq
-            and Tk are the longest lengths, and each sequence reads the top-left corner.
+        bias: broadcastable to `(B, H, Tq, Tk)`; floating (added; where the logit falls below -2.3e38, or -1.2e308 in
+            float64, the key is hidden) or boolean (True = attend). For packed sequences Tq and Tk are the longest
+            lengths, and each sequence reads the top-left corner.
         alibi_slopes: `(H,)` or `(B, H)`, floating: penalty per unit of distance.
         sinks: `(H,)`, floating: one more logit per head that takes probability and gives no value.
         cu_seqlens_q: `(B + 1,)` int32 or int64, from 0 to total_q, not descending: sequence b is rows
