@@ -82,6 +82,7 @@ attention::Problem problem(const Sizes& n, double scale, double softcap, const s
     }
     p.heads = n[3];
     p.kv_heads = n[4];
+    p.group = p.heads / p.kv_heads;
     p.head_dim = n[5];
     p.value_dim = n[6];
     p.left = n[7];

@@ -57,8 +57,8 @@ public:
         tile_.pack(s, head.kv_head, first, last);
         std::fill(grad_k_, grad_k_ + tile_.keys * tile_.q_pitch, T(0));
         std::fill(grad_v_, grad_v_ + tile_.keys * tile_.o_pitch, T(0));
-        double* const slopes = head.slopes == nullptr ? nullptr : head.slopes + tile * p_.group();
-        if (slopes != nullptr) std::fill(slopes, slopes + p_.group(), 0.0);
+        double* const slopes = head.slopes == nullptr ? nullptr : head.slopes + tile * p_.group;
+        if (slopes != nullptr) std::fill(slopes, slopes + p_.group, 0.0);
         for (int64_t block = head.blocks - 1; block >= 0; --block) {
             const Range rows = block_of(p_, s, block);
             const Range seen{scores.begin(rows.begin), scores.end(rows.end - 1)};

@@ -13,7 +13,7 @@ public:
         T* lse2 = shared_.take<T>(plan_.rows);
         T* delta = shared_.take<T>(plan_.rows);
         T* const slots = shared_.take<T>(plan_.slots * plan_.slot_size);
-        double* slopes = shared_.take<double>(plan_.tiles * p.group());
+        double* slopes = shared_.take<double>(plan_.tiles * p.group);
         turns_ = std::vector<std::atomic<int64_t>>(plan_.blocks);
         finished_ = std::vector<std::atomic<int64_t>>(plan_.heads);
         int64_t turn = 0;
@@ -30,7 +30,7 @@ public:
                                   turns_.data() + turn, &finished_[n], lse2, delta, g.slopes ? slopes : nullptr});
                 lse2 += rows;
                 delta += rows;
-                slopes += tiles * p.group();
+                slopes += tiles * p.group;
                 turn += blocks;
             }
         }
@@ -73,7 +73,7 @@ private:
         }
 
         size_t need(const Problem& p) const {
-            return 2 * Scratch::need<T>(rows) + Scratch::need<T>(slots * slot_size) + Scratch::need<double>(tiles * p.group());
+            return 2 * Scratch::need<T>(rows) + Scratch::need<T>(slots * slot_size) + Scratch::need<double>(tiles * p.group);
         }
     };
 
@@ -88,7 +88,7 @@ private:
             read_queries(p_, g_.out, s, head.kv_head, row, row + 1, p_.value_dim, T(1), grad.data(), 0);
             T sum = 0;
             for (int64_t d = 0; d < p_.value_dim; ++d) sum += out[d] * grad[d];
-            const int64_t i = s.q_start + row / p_.group(), h = scores.head(row);
+            const int64_t i = s.q_start + row / p_.group, h = scores.head(row);
             if (g_.lse) sum -= *reinterpret_cast<const T*>(g_.lse.at(s.batch, h, i));
             const T lse = *reinterpret_cast<const T*>(p_.lse.at(s.batch, h, i));
             head.lse2[row] = lse == kMinusInfinity<T> ? T(0) : lse * T(kLog2e);
@@ -123,7 +123,7 @@ private:
     // The gradients of slopes and sinks: one sum per sequence and head.
     void sum_over_rows(const Head<T>& head) const {
         const Sequence& s = p_.sequences[head.sequence];
-        const int64_t group = p_.group();
+        const int64_t group = p_.group;
         for (int64_t g = 0; g < group; ++g) {
             const int64_t h = head.kv_head * group + g;
             if (g_.slopes) {

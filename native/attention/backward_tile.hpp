@@ -8,8 +8,8 @@ namespace onchip::ONCHIP_ISA {
 using attention::Gradients;
 
 // Rows of a block: about 64, whole queries (all heads of a group together).
-inline int64_t block_rows(const Problem& p) { return std::max<int64_t>(64 / p.group(), 1) * p.group(); }
-inline int64_t count_rows(const Problem& p, const Sequence& s) { return s.q_length * p.group(); }
+inline int64_t block_rows(const Problem& p) { return std::max<int64_t>(64 / p.group, 1) * p.group; }
+inline int64_t count_rows(const Problem& p, const Sequence& s) { return s.q_length * p.group; }
 inline int64_t count_blocks(const Problem& p, const Sequence& s) { return ceil_div(count_rows(p, s), block_rows(p)); }
 inline Range block_of(const Problem& p, const Sequence& s, int64_t block) {
     return {block * block_rows(p), std::min((block + 1) * block_rows(p), count_rows(p, s))};
@@ -79,11 +79,11 @@ public:
     // slopes[g] -= Σ |position - key| · dS over the rows of head g.
     void add_slope_gradient(const Scores<T>& scores, double* slopes) const {
         for (int64_t r = 0; r < count_; ++r) {
-            const int64_t row = rows_.begin + r, position = scores.reach().position(row / p_.group()) - first_;
+            const int64_t row = rows_.begin + r, position = scores.reach().position(row / p_.group) - first_;
             double sum = 0;
             for (int64_t c = columns_.begin; c < columns_.end; ++c)
                 sum += double(std::abs(position - c)) * ds_tile_[r * s_pitch + c];
-            slopes[row % p_.group()] -= sum;
+            slopes[row % p_.group] -= sum;
         }
     }
 

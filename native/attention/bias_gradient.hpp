@@ -55,7 +55,7 @@ private:
 
     // Row of sum_ that a row of the block adds to: per query and head of the group, as far as the bias tells them apart.
     int64_t sum_row(int64_t row, int64_t first_row) const {
-        const int64_t group = p_.group(), head = per_head() ? row % group : 0, heads = per_head() ? group : 1;
+        const int64_t group = p_.group, head = per_head() ? row % group : 0, heads = per_head() ? group : 1;
         return (g_.bias_shape[2] > 1 ? (row - first_row) / group * heads : 0) + head;
     }
 
@@ -72,7 +72,7 @@ private:
     }
 
     void write() const {
-        const int64_t group = p_.group(), heads = per_head() ? group : 1;
+        const int64_t group = p_.group, heads = per_head() ? group : 1;
         const int64_t queries = g_.bias_shape[2] > 1 ? block_rows(p_) / group : 1;
         const int64_t first_query = g_.bias_shape[2] > 1 ? at_[2] * queries : 0, first_key = tile_begin() * tile_.keys;
         const int64_t columns = std::min(tile_.keys, g_.bias_shape[3] - first_key);

@@ -31,7 +31,7 @@ inline int64_t stream_keys(const Problem& p) {
 }
 
 inline bool streams(const Problem& p, const Sequence& s) {
-    return s.q_length * p.group() <= kStreamRows && p.k.strides[3] == 1 && p.v.strides[3] == 1 &&
+    return s.q_length * p.group <= kStreamRows && p.k.strides[3] == 1 && p.v.strides[3] == 1 &&
            p.head_dim * (p.double_precision() ? 2 : 1) % (kVectorBytes / 4) == 0 &&
            p.value_dim * (p.double_precision() ? 2 : 1) % (kVectorBytes / 2) == 0;
 }
@@ -116,7 +116,7 @@ public:
 
     void run(const StreamUnit& unit) {
         const Sequence& s = p_.sequences[unit.sequence];
-        rows_ = s.q_length * p_.group();
+        rows_ = s.q_length * p_.group;
         const int64_t all = (unit.heads.end - unit.heads.begin) * rows_;
         for (int64_t h = unit.heads.begin; h < unit.heads.end; ++h)
             read_queries(p_, p_.q, s, h, 0, rows_, p_.head_dim, T(query_factor(p_)),
@@ -277,7 +277,7 @@ void join_spans(const Problem& p, const Sequence& s, int64_t first_head, const P
             sum = sum * a + partials.sum[part] * b;
             top = both;
         }
-        const int64_t per_head = s.q_length * p.group();
+        const int64_t per_head = s.q_length * p.group;
         finish_row(p, s, first_head + (at - first) / per_head, (at - first) % per_head, top, sum, out);
     }
 }

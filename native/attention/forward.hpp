@@ -110,8 +110,9 @@ private:
             absorb(run_.top + r, run_.sum + r, factor_ + r - rows.begin, s + r * s_pitch_, s_pitch_, columns.begin, columns.end);
         product<Into::scale>(rows, {0, round_up(p_.value_dim, kPanel<T>)}, Left<T>{s, s_pitch_, 1},
                       Right<T>{v_rows_, kPanel<T>, o_pitch_}, Result<T>{o_, o_pitch_, factor_ - rows.begin}, [&](int64_t row, int count, int64_t) {
-                          return Range{std::max(begin, seen_[row].begin - first),
-                                       std::min(end, seen_[row + count - 1].end - first)};
+                          return cut ? Range{std::max(begin, seen_[row].begin - first),
+                                             std::min(end, seen_[row + count - 1].end - first)}
+                                     : Range{begin, end};
                       });
     }
 

@@ -23,7 +23,7 @@ struct Sequence {
 
 struct Problem {
     std::vector<Sequence> sequences;
-    int64_t heads, kv_heads, head_dim, value_dim;
+    int64_t heads, kv_heads, group, head_dim, value_dim;  // group: heads / kv_heads
     int64_t left, right;  // the window's reach, -1 for unbounded
     double scale, softcap;
     Tensor q, k, v;       // (batch, time, heads, dim)
@@ -33,7 +33,10 @@ struct Problem {
     Tensor out, lse;      // lse: (batch, heads, time) in the type of the arithmetic
     int threads;
 
-    int64_t group() const { return heads / kv_heads; }
+    // A row's query and its head in the group. Most often the group is one head, and a division by a variable costs as
+    // much as a hundred multiplications of the kernels.
+    int64_t query_of(int64_t row) const { return group == 1 ? row : row / group; }
+    int64_t member_of(int64_t row) const { return group == 1 ? 0 : row % group; }
     bool double_precision() const { return q.dtype == DType::float64; }
 };
 

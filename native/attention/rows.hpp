@@ -11,8 +11,7 @@ using attention::Sequence;
 
 // The address of a query-side row (q, out and their gradients) or of a key (k, v and theirs).
 inline char* query_row(const Problem& p, const Tensor& x, const Sequence& s, int64_t kv_head, int64_t row) {
-    const int64_t group = p.group();
-    return x.at(s.batch, s.q_start + row / group, kv_head * group + row % group);
+    return x.at(s.batch, s.q_start + p.query_of(row), kv_head * p.group + p.member_of(row));
 }
 inline char* key_row(const Tensor& x, const Sequence& s, int64_t kv_head, int64_t key) {
     return x.at(s.batch, s.k_start + key, kv_head);

@@ -30,13 +30,13 @@ template <class T>
 class Scores {
 public:
     Scores(const Problem& p, const Sequence& s, int64_t kv_head)
-        : p_(p), s_(s), reach_(p, s), group_(p.group()), first_head_(kv_head * p.group()),
+        : p_(p), s_(s), reach_(p, s), first_head_(kv_head * p.group),
           plain_(!(p.softcap > 0) && !p.bias && !p.slopes) {}
 
     const Reach& reach() const { return reach_; }
-    int64_t begin(int64_t row) const { return reach_.begin(row / group_); }
-    int64_t end(int64_t row) const { return reach_.end(row / group_); }
-    int64_t head(int64_t row) const { return first_head_ + row % group_; }
+    int64_t begin(int64_t row) const { return reach_.begin(p_.query_of(row)); }
+    int64_t end(int64_t row) const { return reach_.end(p_.query_of(row)); }
+    int64_t head(int64_t row) const { return first_head_ + p_.member_of(row); }
     bool plain() const { return plain_; }  // nothing but a mask
 
     // x[column] holds the row's product with key `first + column` and becomes the logit, for columns [begin, end), both
@@ -66,12 +66,12 @@ private:
 
     void apply_slope(int64_t row, int64_t first, int64_t begin, int64_t end, T* x) const {
         const T factor = T(slope(row) * kLog2e);
-        const int64_t position = reach_.position(row / group_) - first;
+        const int64_t position = reach_.position(p_.query_of(row)) - first;
         for (int64_t c = begin; c < end; ++c) x[c] -= factor * T(std::abs(position - c));
     }
 
     void apply_bias(int64_t row, int64_t first, int64_t lo, int64_t hi, T* x, T* buffer) const {
-        const char* from = p_.bias.at(s_.index, head(row), row / group_, first + lo);
+        const char* from = p_.bias.at(s_.index, head(row), p_.query_of(row), first + lo);
         const int64_t stride = p_.bias.strides[3];
         if (p_.bias.dtype == DType::boolean) {
             for (int64_t c = lo; c < hi; ++c) x[c] = from[(c - lo) * stride] ? x[c] : kMinusInfinity<T>;
@@ -84,7 +84,7 @@ private:
     const Problem& p_;
     const Sequence& s_;
     const Reach reach_;
-    const int64_t group_, first_head_;
+    const int64_t first_head_;
     const bool plain_;
 };
 

@@ -52,7 +52,7 @@ inline void absorb(T* top, T* sum, T* factor, T* x, int64_t x_row, int64_t begin
 // Closes a row: adds the sink, divides, writes out and lse. `x` holds Σ p·v.
 template <class T>
 void finish_row(const Problem& p, const Sequence& s, int64_t kv_head, int64_t row, T row_top, T row_sum, const T* x) {
-    const int64_t i = row / p.group(), head = kv_head * p.group() + row % p.group();
+    const int64_t i = p.query_of(row), head = kv_head * p.group + p.member_of(row);
     double top = row_top, sum = row_sum, factor = 1;
     if (p.sinks) {
         const double sink = *reinterpret_cast<const T*>(p.sinks.at(head, 0, 0)) * kLog2e;

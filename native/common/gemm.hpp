@@ -26,19 +26,12 @@ struct Result {  // C, with the factor its rows are multiplied by before the pro
 // What becomes of C: C = AB, C += AB, or C = factor · C + AB row by row.
 enum class Into { set, add, scale };
 
-// C[ROWS × kPanel] = [C +] A[ROWS × steps] · B[steps × kPanel]
+// C[ROWS × kPanel] = [C +] A[ROWS × steps] · B[steps × kPanel]. C is added last: a long sum made of sums of tiles rounds
+// much less than one chain through all of it.
 template <Into INTO, int ROWS, class T>
 inline void tile_product(int64_t steps, Left<T> a, const T* b, int64_t b_step, Result<T> c) {
     constexpr int L = kLanes<T>;
-    Vec<T> sum[ROWS][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-        for (int half = 0; half < 2; ++half) {
-            if constexpr (INTO == Into::set) sum[r][half] = Vec<T>{};
-            if constexpr (INTO == Into::add) sum[r][half] = load(c.data + r * c.row + half * L);
-            if constexpr (INTO == Into::scale) sum[r][half] = load(c.data + r * c.row + half * L) * c.factor[r];
-        }
-    }
+    Vec<T> sum[ROWS][2] = {};
     for (int64_t s = 0; s < steps; ++s) {
         const Vec<T> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
@@ -52,8 +45,13 @@ inline void tile_product(int64_t steps, Left<T> a, const T* b, int64_t b_step, R
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-        store(c.data + r * c.row, sum[r][0]);
-        store(c.data + r * c.row + L, sum[r][1]);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            T* const to = c.data + r * c.row + half * L;
+            if constexpr (INTO == Into::set) store(to, sum[r][half]);
+            if constexpr (INTO == Into::add) store(to, load(to) + sum[r][half]);
+            if constexpr (INTO == Into::scale) store(to, load(to) * c.factor[r] + sum[r][half]);
+        }
     }
 }
 
