@@ -83,7 +83,7 @@ def attention_matrix(
         seen = seen & bias
     elif bias is not None:
         logits = logits + _compute(bias, like=logits)
-        # The kernels hold logits in units of log 2. What is -inf there, such as the dtype's lowest number, hides the key.
+        # The kernels hold logits in units of log 2: what is -inf there, the lowest number say, hides the key.
         seen = seen & ~(logits <= torch.finfo(logits.dtype).min * math.log(2))
     seen = seen.expand(logits.shape)
     logits = logits.masked_fill(~seen, -math.inf)
