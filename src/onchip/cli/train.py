@@ -164,5 +164,5 @@ def _afterwards(folder: "RunFolder") -> str:
         f"report      {folder.report}\n"
         f"more text   onchip generate {folder.path} --prompt 'def '\n"
         f"look inside onchip show {folder.path}\n"
-        f"your text   onchip train FILES --out DIR; --preset small takes half an hour and beats gzip"
+        f"your text   onchip train FILES --out DIR; --preset small learns for half an hour"
     )

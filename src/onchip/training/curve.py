@@ -29,7 +29,7 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, Any]], final: float, riv
 
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(tokens, losses, color=_FAINT, linewidth=0.6, alpha=0.7, label="training, each step")
+    axes.plot(tokens, losses, color=_FAINT, linewidth=0.6, alpha=0.45, label="training, each step")
     axes.plot(tokens, _smooth(losses), color=_INK, linewidth=1.6, label="training, smoothed")
     if looks:
         axes.plot(*zip(*looks, strict=True), "o-", color=_ACCENT, markersize=4, linewidth=1, label="held out, a part")

@@ -14,9 +14,11 @@ def choose_device(name: str | None = None) -> torch.device:
 
     Raises `ValueError` where there is no such device.
     """
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(own if name in (None, "cuda") else name)
+        device = torch.device(own if name == "cuda" else name)
     except RuntimeError:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, and got {name!r}") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
