@@ -101,6 +101,9 @@ def consecutive(stream: Stream, batch: int, context: int, windows: int | None = 
     """The windows of `stream` side by side, `batch` at a time, every token a target once; the last may be shorter.
 
     `windows` takes only that many of them, evenly spread.
+
+    >>> [batch.tokens.tolist() for batch in consecutive(token_stream([Document("a", b"abcd")]), batch=1, context=3)]
+    [[256, 97, 98], [99, 100]]
     """
     starts = np.arange(0, len(stream), context)
     if windows is not None and windows < len(starts):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from onchip._files import _sync_folder, atomic_write
+from onchip._files import sync_folder, atomic_write
 from onchip.models import LanguageModel, load_model, save_model
 
 KEPT = 2
@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, model: LanguageModel, optimizer: to
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 

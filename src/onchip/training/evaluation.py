@@ -35,6 +35,12 @@ def bits_per_byte(
     decompressor could rebuild the documents from no more. A window starts without what came before it, which a model
     with a longer memory could use: the figure is an upper bound. `windows` takes that many windows, evenly spread, for
     a quick look. `processes` share the work. Sums in float64; cost: one forward pass over the documents.
+
+    >>> from onchip.models import LanguageModel
+    >>> from onchip.training import PRESETS
+    >>> untrained = LanguageModel(PRESETS["tiny"].model)  # finds 257 tokens about equally likely
+    >>> 8 < bits_per_byte(untrained, [Document("a", b"to be or not to be")], context=64) < 9
+    True
     """
     processes = processes or Processes()
     device = next(model.parameters()).device
