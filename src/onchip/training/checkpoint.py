@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from onchip._files import sync_folder, atomic_write
+from onchip._files import atomic_write, sync_folder
 from onchip.models import LanguageModel, load_model, save_model
 
 KEPT = 2
