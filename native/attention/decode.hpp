@@ -7,6 +7,10 @@
 // its heads where a key's heads are neighbours in memory, with one head where a head's keys are. Spans have a fixed
 // length, so that one long sequence occupies every core and its bits depend on nothing else; their partial results are
 // joined at the end, in order.
+//
+// Where it stands, 32 heads on 8 key heads, D 128, Tk 32768: one core reads 9 GB/s in float32 and 7 in bfloat16, two
+// cores half of what they can read. It is the arithmetic: four rows a key cost 0.22 ns an element also in cache, which
+// is 18 and 9 GB/s. With one row a key (8 heads on 8) one core reads 15 GB/s.
 #pragma once
 
 #include "common/gemm.hpp"
@@ -17,7 +21,7 @@
 
 namespace onchip::ONCHIP_ISA {
 
-constexpr int64_t kStreamRows = 16;    // at most this many rows a key head
+constexpr int64_t kStreamRows = 16;           // at most this many rows a key head
 constexpr int64_t kStreamSpan = 256;          // keys of a unit
 constexpr int64_t kStreamBytes = 256 * 1024;  // of K and V between two visits to the softmax
 constexpr int64_t kStreamAhead = 4096;        // bytes by which reading is announced

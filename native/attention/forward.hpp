@@ -6,6 +6,12 @@
 // Tiles that no row sees are skipped, and in tiles that the mask cuts only what is needed is multiplied. Tiles begin at
 // multiples of their size whatever the unit, and a register tile sums in the order of its steps, so a row's bits do not
 // depend on what it was grouped with.
+//
+// Where it stands, on one core of an EPYC with AVX2 and a peak of 92 GFLOP/s: the register tile reaches 90, and with the
+// softmax between two products, all in cache, 78 at D 64 and 84 at D 128. That is the floor; the exponential costs
+// 0.4 ns an entry. The whole kernel reaches 66-70 and 72-75 (torch.mm: 76). The rest goes to rows of K and V that lie
+// kilobytes apart (7 % with 8 heads against 1; prefetching does not help), to writing out and to the logarithms. Blocks
+// of 96 rows, tiles of 64 or 256 keys and units twice as long were within the noise.
 #pragma once
 
 #include "common/gemm.hpp"
