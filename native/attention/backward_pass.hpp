@@ -6,6 +6,8 @@
 
 namespace onchip::ONCHIP_ISA {
 
+constexpr int64_t kSlotBytes = int64_t(4) << 20;  // for the dQ of heads in flight, beyond the first
+
 template <class T>
 class BackwardPass {
 public:
@@ -40,7 +42,13 @@ public:
         std::vector<std::pair<int64_t, int64_t>> blocks, tiles;  // (head, block), (head, tile)
         for (int64_t h = 0; h < int64_t(heads_.size()); ++h) {
             for (int64_t block = 0; block < heads_[h].blocks; ++block) blocks.push_back({h, block});
-            for (int64_t tile = 0; tile < heads_[h].tiles; ++tile) tiles.push_back({h, tile});
+        }
+        // Heads in flight take turns: two threads on one head would pass its dQ from cache to cache.
+        for (int64_t first = 0; first < int64_t(heads_.size()); first += plan_.slots) {
+            const int64_t last = std::min<int64_t>(first + plan_.slots, heads_.size());
+            for (int64_t tile = 0; tile < plan_.most_tiles; ++tile)
+                for (int64_t h = first; h < last; ++h)
+                    if (tile < heads_[h].tiles) tiles.push_back({h, tile});
         }
         parallel_units(plan_.threads, blocks.size(),
                        [&](int, int64_t unit) { prepare(heads_[blocks[unit].first], blocks[unit].second); });
@@ -51,11 +59,11 @@ public:
 
 private:
     struct Plan {
-        int64_t heads = 0, tiles = 0, blocks = 0, rows = 0, slots = 1, slot_size = 0;
+        int64_t heads = 0, tiles = 0, most_tiles = 1, blocks = 0, rows = 0, slots = 1, slot_size = 0;
         int threads = 1;
 
         explicit Plan(const Problem& p) {
-            int64_t longest = 0, most_tiles = 1;
+            int64_t longest = 0;
             double operations = 0;
             for (const Sequence& s : p.sequences) {
                 operations += 2.5 * count_operations(p, s);
@@ -67,9 +75,11 @@ private:
             }
             heads = p.kv_heads * int64_t(p.sequences.size());
             threads = useful_threads(p, operations);
-            // Heads in flight: enough for every thread to find a tile, and no more, as each costs an accumulator.
-            slots = std::max<int64_t>(1, std::min(heads, ceil_div(2 * threads, most_tiles)));
             slot_size = longest * round_up(p.head_dim, kPanel<T>);
+            // Heads in flight: one a thread, or two if it may run out of tiles, within the memory that is worth it.
+            const int64_t wanted = ceil_div(2 * threads, std::min<int64_t>(most_tiles, 2));
+            const int64_t affordable = kSlotBytes / std::max<int64_t>(slot_size * int64_t(sizeof(T)), 1);
+            slots = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, std::min(heads, affordable)));
         }
 
         size_t need(const Problem& p) const {
