@@ -67,7 +67,8 @@ def _curves(panel: "Axes", rows: Sequence[Row]) -> None:
     panel.minorticks_off()
     panel.set_ylim(bottom=0)
     panel.set_xlabel("sequence length T")
-    panel.legend(frameon=False, fontsize=8)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(frameon=False, fontsize=8)
     _bare(panel)
 
 
