@@ -30,16 +30,20 @@ def attention(folder: Path) -> Path:
     for line, malloc in zip(panels, mallocs, strict=True):
         here = [row for row in rows if row.machine.malloc == malloc]
         for panel, suite in zip(line, suites, strict=False):
-            _curves(panel, [row for row in here if row.case.suite == suite])
+            shown = [row for row in here if row.case.suite == suite]
+            _curves(panel, shown)
             panel.set_title(CURVES[suite], fontsize=10, loc="left")
+            panel.set_visible(bool(shown))
         if has_bars:
-            _bars(line[-1], [row for row in here if row.case.suite in BARS])
+            shown = [row for row in here if row.case.suite in BARS]
+            _bars(line[-1], shown)
             line[-1].set_title("other work", fontsize=10, loc="left")
+            line[-1].set_visible(bool(shown))
         line[0].set_ylabel(f"malloc {malloc}\nspeed, PyTorch = 1")
     if rows:
-        machine = rows[0].machine
+        machine, threads = rows[0].machine, max(row.machine.threads for row in rows)
         figure.suptitle(
-            f"onchip.attention against PyTorch's fastest: {machine.name}, {machine.threads} threads,"
+            f"onchip.attention against PyTorch's fastest: {machine.name}, {threads} threads,"
             f" torch {machine.torch}; line: median, band: quartiles",
             fontsize=11, x=0.01, ha="left",
         )  # fmt: skip
@@ -67,7 +71,7 @@ def _curves(panel: "Axes", rows: Sequence[Row]) -> None:
     panel.minorticks_off()
     panel.set_ylim(bottom=0)
     panel.set_xlabel("sequence length T")
-    if panel.get_legend_handles_labels()[0]:
+    if rows:
         panel.legend(frameon=False, fontsize=8)
     _bare(panel)
 
