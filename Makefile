@@ -15,7 +15,7 @@ help: ## List the targets
 	@printf 'usage: make TARGET\n\n'
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) ## Train a small language model on real text, sample from it, draw what it does (3 to 5 minutes)
+demo: $(READY) ## Train a small language model on real text, sample from it, draw what it does (about 5 minutes)
 	$(BIN)/onchip train --preset demo --out demo
 	$(BIN)/onchip show demo
 	@printf '\nEverything is in demo/. `. .venv/bin/activate` puts onchip on your PATH, for the commands above and for\n'

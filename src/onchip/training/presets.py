@@ -53,4 +53,4 @@ PRESETS = {
         checkpoint_every=300,
     ),
 }
-"""`tiny` takes seconds and shows that all works; `demo` takes 3 to 5 minutes on two cores, `small` half an hour."""
+"""`tiny` takes seconds and shows that all works; `demo` about 5 minutes on two cores, `small` half an hour."""
