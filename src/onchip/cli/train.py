@@ -20,7 +20,7 @@ def train(
     preset: Annotated[
         Literal["tiny", "demo", "small"] | None,
         typer.Option(
-            help="tiny: seconds. demo: 3 to 5 minutes on two cores (a new run's default). small: half an hour."
+            help="tiny: seconds. demo: about 5 minutes on two cores (a new run's default). small: half an hour."
         ),
     ] = None,
     model: Annotated[
