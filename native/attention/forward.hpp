@@ -10,8 +10,9 @@
 // Where it stands, on one core of an EPYC with AVX2 and a peak of 92 GFLOP/s: the register tile reaches 90, and with the
 // softmax between two products, all in cache, 78 at D 64 and 84 at D 128. That is the floor; the exponential costs
 // 0.4 ns an entry. The whole kernel reaches 66-70 and 72-75 (torch.mm: 76). The rest goes to rows of K and V that lie
-// kilobytes apart (7 % with 8 heads against 1; prefetching does not help), to writing out and to the logarithms. Blocks
-// of 96 rows, tiles of 64 or 256 keys and units twice as long were within the noise.
+// kilobytes apart (7 % with 8 heads against 1; prefetching them changed nothing), to writing out and to the logarithms. Blocks
+// of 96 rows, tiles of 64 or 256 keys and units twice as long were within the noise. The kernel's figures are those of
+// `onchip bench attention --threads 1`; the tile's come from a loop over one tile, made for the purpose and not kept.
 #pragma once
 
 #include "common/gemm.hpp"
@@ -73,13 +74,8 @@ public:
             seen_[r] = {scores.begin(unit.rows.begin + r), scores.end(unit.rows.begin + r)};
         for (int64_t first = seen_[0].begin / keys_ * keys_; first < seen_[rows - 1].end; first += keys_) {
             pack(s, unit.kv_head, first, std::min(first + keys_, s.k_length));
-            const int64_t share = ceil_div(keys_, ceil_div(rows, kBlockRows));  // of the next tile, fetched meanwhile
-            for (int64_t r = 0, next = first + keys_; r < rows; r += kBlockRows, next += share) {
-                const int64_t end = std::min({next + share, first + 2 * keys_, seen_[rows - 1].end});
-                prefetch_keys(p_.k, s, unit.kv_head, next, end, p_.head_dim);
-                prefetch_keys(p_.v, s, unit.kv_head, next, end, p_.value_dim);
+            for (int64_t r = 0; r < rows; r += kBlockRows)
                 block(scores, unit.rows.begin, {r, std::min(r + kBlockRows, rows)}, first);
-            }
         }
         for (int64_t r = 0; r < rows; ++r)
             finish_row(p_, s, unit.kv_head, unit.rows.begin + r, run_.top[r], run_.sum[r], o_ + r * o_pitch_);

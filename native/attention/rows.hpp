@@ -34,14 +34,4 @@ void read_keys(const Tensor& x, const Sequence& s, int64_t kv_head, int64_t begi
         read_row(to, key_row(x, s, kv_head, key), x.dtype, x.strides[3], dim);
 }
 
-// Rows of one head lie far apart, where the hardware's prefetchers do not follow.
-inline void prefetch_keys(const Tensor& x, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, int64_t dim) {
-    const int64_t bytes = dim * item_size(x.dtype);
-    if (x.strides[3] != 1) return;
-    for (int64_t key = begin; key < end; ++key) {
-        const char* const row = key_row(x, s, kv_head, key);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
-    }
-}
-
 }  // namespace onchip::ONCHIP_ISA
