@@ -14,7 +14,7 @@ def explain(capsys, *arguments):
 def test_names_what_serves_and_what_does_not(capsys):
     code, out = explain(capsys, "--shape", "1,8192,32,128", "--kv-shape", "1,8192,8,128", "--device", "cuda")
     assert code == 0
-    assert "→ reference" in out
+    assert "→ triton" in out
     assert "cuda" in next(line for line in out.splitlines() if "cpu" in line)
 
 

@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,45 +18,69 @@ from torch import Tensor
 class Implementation:
     """One way to compute an op.
 
-    `refusal` takes the op's first tensors (q, k and v for attention) and says why this implementation cannot serve
-    them, or None.
+    `devices` are the types of device it is made for, by default any; on those of `on_request` it runs only where
+    `backend` asks for it. `limits` takes the op's tensors (q, k and v for attention), which are on such a device, and
+    says why this implementation cannot serve them, or None.
     """
 
     name: str
-    refusal: Callable[[Tensor, Tensor, Tensor], str | None]
+    limits: Callable[..., str | None] = lambda *tensors: None
+    devices: tuple[str, ...] | None = None
+    on_request: tuple[str, ...] = ()
+
+    def refusal(self, *tensors: Tensor, requested: bool = True) -> str | None:
+        """Why this implementation does not serve a call on these tensors, or None."""
+        device = tensors[0].device
+        if self.devices is not None and device.type not in self.devices + self.on_request:
+            return f"it runs on {'GPUs' if 'cuda' in self.devices else 'CPUs'}, and the call's tensors are on {device}"
+        if device.type in self.on_request and not requested:
+            return f"on {device} it runs only when asked for"
+        return self.limits(*tensors)
 
 
-_OPS: dict[Callable[..., Any], Sequence[Implementation]] = {}
+class _Op(NamedTuple):
+    implementations: Sequence[Implementation]
+    tensors: int
+
+
+_OPS: dict[Callable[..., Any], _Op] = {}
 _WARNED: set[tuple[str, str]] = set()
 
 
-def register(function: Callable[..., Any], implementations: Sequence[Implementation]) -> None:
-    """Make a public function known to `explain`."""
-    _OPS[function] = implementations
+def register(function: Callable[..., Any], implementations: Sequence[Implementation], tensors: int) -> None:
+    """Make a public function known to `explain`; its first arguments, `tensors` of them, are what decides."""
+    _OPS[function] = _Op(implementations, tensors)
 
 
-def choose(
-    op: str, implementations: Sequence[Implementation], backend: str | None, q: Tensor, k: Tensor, v: Tensor
-) -> str:
+def choose(op: str, implementations: Sequence[Implementation], backend: str | None, *tensors: Tensor) -> str:
     """The name of the implementation that runs this call."""
-    first_refusal = None
+    if backend is not None:
+        return _requested(op, implementations, backend, *tensors)
     for implementation in implementations:
-        if backend is not None and implementation.name != backend:
-            continue
-        refusal = implementation.refusal(q, k, v)
-        if refusal is None:
-            if first_refusal is not None:
-                _warn_once(op, first_refusal)
+        if implementation.refusal(*tensors, requested=False) is None:
+            if implementation.name == "reference":
+                _warn_once(op, implementations, *tensors)
             return implementation.name
-        if backend is not None:
+    raise AssertionError(f"{op}: the reference refuses nothing")
+
+
+def _requested(op: str, implementations: Sequence[Implementation], backend: str, *tensors: Tensor) -> str:
+    for implementation in implementations:
+        if implementation.name == backend:
+            refusal = implementation.refusal(*tensors)
+            if refusal is None:
+                return backend
             raise ValueError(f"{op}: backend={backend!r} cannot serve this call: {refusal}")
-        first_refusal = first_refusal or refusal
     names = ", ".join(repr(implementation.name) for implementation in implementations)
     raise ValueError(f"{op}: backend must be None or one of {names}, got {backend!r}")
 
 
-def _warn_once(op: str, reason: str) -> None:
-    if (op, reason) not in _WARNED:
+def _warn_once(op: str, implementations: Sequence[Implementation], *tensors: Tensor) -> None:
+    """Say why the kernels made for this device do not serve; where there are none the reference is no surprise."""
+    device = tensors[0].device.type
+    reasons = [i.limits(*tensors) for i in implementations if i.devices is not None and device in i.devices]
+    reason = "; ".join(reason for reason in reasons if reason is not None)
+    if reason and (op, reason) not in _WARNED:
         _WARNED.add((op, reason))
         warnings.warn(
             f"{op} runs on its slow reference: {reason}. backend='reference' asks for it without this warning.",
@@ -103,13 +127,15 @@ def explain(op: Callable[..., Any], *args: Any, backend: str | None = None, **kw
     >>> print(onchip.explain(onchip.attention, q, q, q, backend="reference"))
     attention
       cpu        ...
+      triton     ...
     → reference  serves
     """
     if op not in _OPS:
         known = ", ".join(sorted(function.__name__ for function in _OPS))
         raise TypeError(f"op must be one of onchip's functions ({known}), got {op!r}")
     bound = inspect.signature(op).bind(*args, **kwargs).arguments
-    q, k, v = list(bound.values())[:3]
-    candidates = tuple(Candidate(i.name, i.refusal(q, k, v)) for i in _OPS[op])
+    implementations, count = _OPS[op]
+    tensors = list(bound.values())[:count]
+    candidates = tuple(Candidate(i.name, i.refusal(*tensors, requested=backend == i.name)) for i in implementations)
     serving = [c.name for c in candidates if c.refusal is None and backend in (None, c.name)]
     return Explanation(op.__name__, candidates, serving[0] if serving else None)

@@ -218,7 +218,12 @@ def test_head_dims_beyond_the_kernels(implementation, nothing_warned):
 def test_explain(implementation):
     explanation = onchip.explain(onchip.attention, *wide(64), causal=True)
     assert explanation.chosen == implementation == "cpu"
-    assert str(explanation).splitlines() == ["attention", "→ cpu        serves", "  reference  serves"]
+    assert str(explanation).splitlines() == [
+        "attention",
+        "→ cpu        serves",
+        "  triton     cannot serve: it runs on GPUs, and the call's tensors are on cpu",
+        "  reference  serves",
+    ]
     too_wide = onchip.explain(onchip.attention_with_lse, *wide(513))
     assert too_wide.chosen == "reference"
     assert "cannot serve: head dims go to 512, got 513" in str(too_wide)

@@ -74,7 +74,11 @@ WRONG = {
     "sinks shape": ({"sinks": torch.ones(2, 4)}, ValueError, ["sinks must have shape (4,)", "(2, 4)"]),
     "sinks per key head": ({"sinks": torch.ones(2)}, ValueError, ["sinks must have shape (4,)", "(2,)"]),
     "boolean sinks": ({"sinks": torch.ones(4).bool()}, TypeError, ["sinks must be floating", "bool"]),
-    "backend": ({"backend": "cuda"}, ValueError, ["backend must be None or one of 'cpu', 'reference'", "'cuda'"]),
+    "backend": (
+        {"backend": "cuda"},
+        ValueError,
+        ["backend must be None or one of 'cpu', 'triton', 'reference'", "'cuda'"],
+    ),
     "boundaries of keys alone": (
         {"cu_seqlens_k": CU},
         ValueError,

@@ -5,15 +5,28 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from onchip.ops import _select
+from onchip.ops import _select, _triton
 from onchip.ops.attention import checks, cpu, op, reference
 
-Backend = Literal["cpu", "reference"]
+Backend = Literal["cpu", "triton", "reference"]
 Window = tuple[int | None, int | None]
 
+TRITON_MAX_HEAD_DIM = 256
+
+
+def _triton_limits(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    # Here and not beside the kernels, which are not imported before one of them runs.
+    if max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:
+        return f"head dims go to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
+    if q.dtype == torch.float64:
+        return "it computes in float32, and the call is in float64"
+    return _triton.limits(q.device)
+
+
 IMPLEMENTATIONS = (
-    _select.Implementation("cpu", cpu.refusal),
-    _select.Implementation("reference", lambda *tensors: None),
+    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
+    _select.Implementation("reference"),
 )
 
 
@@ -63,8 +76,8 @@ def attention(
         cu_seqlens_q: `(B + 1,)` int32 or int64, from 0 to total_q, not descending: sequence b is rows
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`.
         cu_seqlens_k: the same for k and v; by default `cu_seqlens_q`.
-        backend: "cpu" or "reference" asks for an implementation and raises where it cannot serve; by default the
-            fastest that can. See `onchip.explain`.
+        backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
+            the fastest that can. See `onchip.explain`.
 
     Returns:
         `(B, Tq, H, Dv)` or `(total_q, H, Dv)`, in q's dtype, contiguous.
@@ -162,10 +175,9 @@ def attention_with_lse(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
-    return op.attention(
-        q, k, v, left, right, float(scale), float(softcap), bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k
-    )
+    settings = (left, right, float(scale), float(softcap))
+    return op.attention(q, k, v, *settings, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, backend)
 
 
 for _function in (attention, attention_with_lse):
-    _select.register(_function, IMPLEMENTATIONS)
+    _select.register(_function, IMPLEMENTATIONS, tensors=3)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _native
-from onchip.ops.attention import checks, op
+from onchip.ops.attention import checks
+from onchip.ops.attention.outputs import gradients_like, output_like
 
 MAX_HEAD_DIM = 512
 
@@ -16,10 +17,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _Described = tuple[int, int, int, int, int, int]
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def limits(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the native kernels cannot serve this call, or None."""
-    if q.device.type not in ("cpu", "meta"):  # a meta tensor needs shapes alone
-        return f"it runs on the CPU only, and q is on {q.device}"
     if _native.missing is not None:
         return _native.missing
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
@@ -27,8 +26,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-@torch.library.impl(op.library, "attention", "CPU")
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,15 +40,15 @@ def _forward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The op on the CPU."""
     starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
-    out, lse = op.output_like(q, k, v, cu_seqlens_q)
+    out, lse = output_like(q, k, v, cu_seqlens_q)
     tensors, _kept = _describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
     _native.kernels.attention_forward(_sizes(q, k, v, left, right, starts), scale, softcap, *starts, tensors)
     return out, lse
 
 
-@torch.library.impl(op.library, "attention_backward", "CPU")
-def _backward(
+def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -72,9 +70,10 @@ def _backward(
     slopes_grad: bool = False,
     sinks_grad: bool = False,
 ) -> tuple[Tensor, ...]:
+    """Its derivative on the CPU."""
     starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
     tensors, _kept = _describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
-    grads = op.gradients_like(
+    grads = gradients_like(
         (q, k, v), bias if bias_grad else None, alibi_slopes if slopes_grad else None, sinks if sinks_grad else None
     )
     grad_q, grad_k, grad_v, grad_bias, grad_slopes, grad_sinks = grads

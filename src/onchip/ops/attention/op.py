@@ -1,9 +1,11 @@
-"""Attention's registration with PyTorch's dispatcher: schema, fake kernel, autograd.
+"""Attention's registration with PyTorch's dispatcher: schema, kernels, fake kernel, autograd.
 
 The autograd kernel is our own rather than `torch.library.register_autograd`'s, which costs three times as much a call
 (97 against 31 µs on the machine where this was decided).
 """
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from onchip.ops.attention import cpu
+from onchip.ops.attention.outputs import gradients_like, output_like
+
 _OPTIONAL = (
     "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None"
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, str? backend=None"
 )
 
 library = torch.library.Library("onchip", "DEF")  # type: ignore[no-untyped-call]
@@ -48,26 +53,22 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], _attention(*args))
 
 
-def output_like(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Uninitialised `out` and `lse` for a call."""
-    *rows, heads, head_dim = q.shape
-    shape = (heads, *rows) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(shape) if q.dtype == dtype else q.new_empty(shape, dtype=dtype)
-    if v.shape[-1] == head_dim and q.is_contiguous():
-        return torch.empty_like(q), lse  # costs a third of new_empty, and this is the price of every small call
-    return q.new_empty((*rows, heads, v.shape[-1])), lse
+def _kernel(name: str, count: int) -> Callable[..., Any]:
+    """A kernel of the op's `count` arguments, for every device: the implementation asked for, or the device's own."""
+
+    def kernel(*args: Any, **asked: bool) -> Any:
+        backend = args[count - 1] if len(args) == count else None
+        in_triton = args[0].is_cuda or backend == "triton"
+        # Imported late: it brings Triton, for which `import onchip` should not wait.
+        implementation = import_module("onchip.ops.attention.triton") if in_triton else cpu
+        return getattr(implementation, name)(*args[: count - 1], **asked)
+
+    return kernel
 
 
-def gradients_like(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Uninitialised gradients, contiguous; a gradient nobody asked for (its input given as None) has no elements."""
-    optional = (inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, alibi_slopes, sinks))
-    return (*(x.new_empty(x.shape) for x in inputs), *optional)
+for _device in ("CPU", "CUDA"):
+    library.impl("attention", _kernel("forward", 13), _device)  # type: ignore[no-untyped-call]
+    library.impl("attention_backward", _kernel("backward", 17), _device)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("onchip::attention", lib=library)  # type: ignore[untyped-decorator]
@@ -84,6 +85,7 @@ def _(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     return output_like(q, k, v, cu_seqlens_q)
 
@@ -106,6 +108,7 @@ def _(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    backend: str | None = None,
     *,
     bias_grad: bool = False,
     slopes_grad: bool = False,
@@ -136,7 +139,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, left, right, scale, softcap, *optional = inputs
+        q, k, v, left, right, scale, softcap, *optional, ctx.backend = inputs
         ctx.save_for_backward(*output, q, k, v, *optional)
         ctx.settings = (left, right, scale, softcap)
         ctx.set_materialize_grads(False)
@@ -145,10 +148,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *optional = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 12
+            return (None,) * 13
         needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional)
+        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, ctx.backend)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
         if not torch.compiler.is_compiling() and _in_torch_func_grad():
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
@@ -156,7 +159,7 @@ class _Attention(torch.autograd.Function):
             grads = _attention_backward(*args, **asked)
         wanted = (*ctx.needs_input_grad[:3], needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return (*kept[:3], None, None, None, None, *kept[3:], None, None)
+        return (*kept[:3], None, None, None, None, *kept[3:], None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -196,7 +199,7 @@ def _no_second_derivative() -> None:
 def _attention_autograd(*args: Any) -> Any:
     if _needs_grad(args):
         # The dispatcher leaves defaulted arguments out; autograd.Function wants them all.
-        return _Attention.apply(*args, *(None,) * (12 - len(args)))  # type: ignore[no-untyped-call]
+        return _Attention.apply(*args, *(None,) * (13 - len(args)))  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return _attention(*args)
 
