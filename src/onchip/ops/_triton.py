@@ -55,7 +55,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the kernel is compiled with. Products and sums fuse: Triton's own default for this is about to change."""
+        """What the kernel is compiled with. Products and sums fuse: Triton warns that its own default will change."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
