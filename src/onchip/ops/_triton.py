@@ -6,6 +6,7 @@ set before the first call), or compiled ahead of time for a GPU that is not ther
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -42,6 +43,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Launches inside run on the GPU that holds `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 class Launch(NamedTuple):

@@ -138,22 +138,35 @@ def check_score_terms(
             raise ValueError(f"bias must be broadcastable to ({shown}), got shape {tuple(bias.shape)}")
 
 
-def check_lengths(q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
-    """The boundaries' values make sense; reads them, so it runs where the op runs and not where it is traced."""
-    longest = []
-    for name, cu, x in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
-        starts = cu.tolist()
-        if starts[0] != 0 or starts[-1] != x.shape[0]:
-            raise ValueError(
-                f"{name} must run from 0 to the number of rows {x.shape[0]}, got {starts[0]} to {starts[-1]}"
-            )
-        lengths = [b - a for a, b in itertools.pairwise(starts)]
-        if min(lengths, default=0) < 0:
-            at = next(i for i, n in enumerate(lengths) if n < 0)
-            raise ValueError(
-                f"{name} must not descend, got {starts[at]} followed by {starts[at + 1]} at index {at + 1}"
-            )
-        longest.append(max(lengths, default=0))
+def check_lengths(
+    q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> tuple[int, int]:
+    """The boundaries' values make sense; the lengths of the longest sequences.
+
+    Reads the values, so it runs where the op runs and not where it is traced.
+    """
+    longest = (
+        longest_sequence("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+        longest_sequence("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+    )
+    check_bias_lengths(bias, longest)
+    return longest
+
+
+def longest_sequence(name: str, cu_seqlens: Tensor, rows: int) -> int:
+    """The length of the longest of the sequences between these boundaries, which must make sense."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != rows:
+        raise ValueError(f"{name} must run from 0 to the number of rows {rows}, got {starts[0]} to {starts[-1]}")
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    if min(lengths, default=0) < 0:
+        at = next(i for i, n in enumerate(lengths) if n < 0)
+        raise ValueError(f"{name} must not descend, got {starts[at]} followed by {starts[at + 1]} at index {at + 1}")
+    return max(lengths, default=0)
+
+
+def check_bias_lengths(bias: Tensor | None, longest: tuple[int, int]) -> None:
+    """A packed call's bias spans the longest sequences."""
     if bias is not None and any(got not in (1, want) for got, want in zip(_pad_shape(bias)[2:], longest, strict=True)):
         raise ValueError(
             f"bias must be broadcastable to the longest lengths ({longest[0]}, {longest[1]}) in its last two "

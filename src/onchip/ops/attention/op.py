@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from onchip.ops._library import library
 from onchip.ops.attention import cpu
 from onchip.ops.attention.outputs import gradients_like, output_like
 
@@ -21,7 +22,6 @@ _OPTIONAL = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, str? backend=None"
 )
 
-library = torch.library.Library("onchip", "DEF")  # type: ignore[no-untyped-call]
 library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, "
     f"{_OPTIONAL}) -> (Tensor out, Tensor lse)"

@@ -1,0 +1,154 @@
+"""What the kernels are given: tensors as pointers with strides, and what is known when they are compiled.
+
+A kernel's rows are the queries of all heads that share a key head: row r is query r // group of head r % group of the
+group. One tile so serves a whole group, which is what fills it in decoding.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FAR = 1 << 30  # a window's reach beyond any sequence, and positions may be added to it
+
+
+class Rows(NamedTuple):
+    """A `(B, T, H, D)` or `(total, H, D)` tensor whose last dimension is contiguous, or one of `(B, H, T)`."""
+
+    ptr: Any
+    batch: int
+    time: int
+    head: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Rows":
+        """Of a tensor with a last dimension; `along_time` makes sure that it is contiguous."""
+        return cls(x, *(x.stride()[:3] if x.ndim == 4 else (0, *x.stride()[:2])))
+
+    @classmethod
+    def of_lse(cls, x: Tensor) -> "Rows":
+        """Of a `(B, H, T)` or `(H, total)` tensor."""
+        batch, head, time = x.stride() if x.ndim == 3 else (0, *x.stride())
+        return cls(x, batch, time, head)
+
+
+class Parts(NamedTuple):
+    """`Rows` once for every split of the keys."""
+
+    ptr: Any
+    split: int
+    batch: int
+    time: int
+    head: int
+
+
+class Bias(NamedTuple):
+    """The bias; stride 0 where one element serves all."""
+
+    ptr: Any
+    batch: int
+    head: int
+    query: int
+    key: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Bias":
+        """Of a tensor broadcastable to four dimensions."""
+        x = x[(None,) * (4 - x.ndim)]
+        return cls(x, *(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+class Slopes(NamedTuple):
+    """ALiBi's slopes, `(B, H)` or, with stride 0, `(H,)`."""
+
+    ptr: Any
+    batch: int
+    head: int
+
+
+class Terms(NamedTuple):
+    """What is added to the logits; None where absent."""
+
+    bias: Bias | None
+    slopes: Slopes | None
+    sinks: Any
+
+    @classmethod
+    def of(cls, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None) -> "Terms":
+        """Of the tensors that `onchip.attention` takes."""
+        slopes = None
+        if alibi_slopes is not None:
+            slopes = Slopes(
+                alibi_slopes, *(alibi_slopes.stride() if alibi_slopes.ndim == 2 else (0, alibi_slopes.stride(0)))
+            )
+        return cls(None if bias is None else Bias.of(bias), slopes, None if sinks is None else sinks.contiguous())
+
+
+class Sequences(NamedTuple):
+    """Where packed sequences begin. `steps` halvings find one among them."""
+
+    cu_q: Any
+    cu_k: Any
+    batch: int
+    steps: int
+
+    @classmethod
+    def of(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> "Sequences":
+        """Of the boundaries."""
+        count = cu_seqlens_q.shape[0] - 1
+        return cls(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), count, count.bit_length())
+
+
+class Features(NamedTuple):
+    """What is known when a kernel is compiled.
+
+    The widths are those of the tiles that hold the head dims. `left` and `right`: whether the window ends there.
+    `softcap`: whether there is one. `folded`: whether the factor of q·k, being positive and all that happens to it,
+    waits until the exponential. `precision`: of products in float32.
+    """
+
+    group: int
+    head_dim: int
+    head_width: int
+    value_dim: int
+    value_width: int
+    left: bool
+    right: bool
+    softcap: bool
+    folded: bool
+    precision: str
+
+
+class Factors(NamedTuple):
+    """Numbers that multiply: logits are held in units of log 2, so that their exponential is exp2."""
+
+    scale: float
+    logit: float
+    inner: float
+    outer: float
+
+    @classmethod
+    def of(cls, scale: float, softcap: float) -> "Factors":
+        """`inner` is of q·k inside tanh, `outer` of tanh, `logit` of q·k where there is no softcap."""
+        return cls(scale, scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E)
+
+
+LOG2E = math.log2(math.e)
+
+
+def along_time(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension and strides that fit 32 bits over a tile; a copy where it has others."""
+    return x if x.stride(-1) == 1 and max(x.stride()[-3:]) < 1 << 23 else x.contiguous()
+
+
+def padded(dim: int) -> int:
+    """The width of a tile that holds `dim`: a power of two that the matrix units take."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How matrix units multiply float32: as PyTorch's own products are set to (exactly by default)."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]

@@ -1,0 +1,118 @@
+"""The forward kernel, which also decodes by splitting the keys, and the kernel that combines what the splits found."""
+
+import triton
+import triton.language as tl
+
+from onchip.ops.attention.triton import schedule, scores, softmax, tiles
+from onchip.ops.attention.triton.schedule import Window
+from onchip.ops.attention.triton.softmax import LN2
+
+
+@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right", "splits", "split_size"])
+def attend(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    terms,
+    sequences,
+    slots,
+    heads_kv,
+    tq,
+    tk,
+    left,
+    right,
+    splits,
+    split_size,
+    factors,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """A program computes the output and the log-sum-exp of BLOCK_M rows.
+
+    SPLIT: of `split_size` keys only, and into `out[split]` and `lse[split]`, in float32 and in units of log 2.
+    """
+    pid = tl.program_id(0)
+    split, kv_head, slot = pid % splits, pid // splits % heads_kv, pid // splits // heads_kv
+    place, tile, exists = schedule.row_tile(slot, slots, sequences, tq, tk, F, BLOCK_M)
+    if not exists:
+        return
+    window = Window(left, right)
+    rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
+    time = place.q_start + rows.query
+    first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
+    seen = schedule.keys_seen(first, tl.minimum(last, place.tq - 1), place, window, F, BLOCK_N)
+    if SPLIT:
+        seen = schedule.within(seen, split * split_size, split * split_size + split_size)
+    start, whole, ragged, stop = seen
+
+    q_start = tiles.offsets(q, place.b, time, rows.head)
+    q_tile = tiles.load(q, q_start, rows.inside, F.head_dim, F.head_width, True)
+    maximum, total = softmax.begin(terms.sinks, rows.head, split == 0, BLOCK_M)
+    carry = (maximum, total, tl.zeros([BLOCK_M, F.value_width], tl.float32))
+    if F.left:
+        carry = _keys(carry, start, whole, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
+    carry = _keys(carry, whole, ragged, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, False)
+    carry = _keys(carry, ragged, stop, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
+
+    maximum, total, weighted = carry
+    share, logarithm = softmax.finish(maximum, total)
+    out_start, lse_start = tiles.offsets(out, place.b, time, rows.head), tiles.offsets(lse, place.b, time, rows.head)
+    if SPLIT:
+        out_start += split.to(tl.int64) * out.split
+        lse_start += split.to(tl.int64) * lse.split
+    else:
+        logarithm *= LN2
+    tiles.store(out, out_start, rows.inside, weighted * share[:, None], F.value_dim, F.value_width)
+    tl.store(lse.ptr + lse_start, logarithm, mask=rows.inside)
+
+
+@triton.jit
+def _keys(
+    carry, start, stop, q_tile, rows, k, v, terms, kv_head, place, window, factors,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Attend to the keys from start to stop."""
+    maximum, total, weighted = carry
+    factor = 1.0
+    if F.folded:
+        factor = factors.logit
+    along = scores.along(rows, terms, 1)
+    for first in range(start, stop, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        inside = j < place.tk
+        k_start = tiles.offsets(k, place.b, place.k_start + j, kv_head)
+        k_tile = tiles.load(k, k_start, inside, F.head_dim, F.head_width, MASKED)
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)
+        s = scores.logits(products, along, j[None, :], terms, place, window, factors, F, MASKED)
+        p, maximum, total, shrink = softmax.step(maximum, total, s, factor)
+        v_start = tiles.offsets(v, place.b, place.k_start + j, kv_head)
+        v_tile = tiles.load(v, v_start, inside, F.value_dim, F.value_width, MASKED)
+        weighted = tl.dot(p.to(v_tile.dtype), v_tile, weighted * shrink[:, None], input_precision=F.precision)
+    return maximum, total, weighted
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def combine(parts, parts_lse, out, lse, rows, splits, heads, times, F: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the splits' outputs, weighted by their shares of the whole, over BLOCK rows of (b, time, head)."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    head, time, b = row % heads, row // heads % times, row // heads // times
+    maximum = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK, F.value_width], tl.float32)
+    part_start, lse_start = tiles.offsets(parts, b, time, head), tiles.offsets(parts_lse, b, time, head)
+    for _ in range(splits):
+        logarithm = tl.load(parts_lse.ptr + lse_start, mask=inside, other=-float("inf"))
+        part = tiles.load(parts, part_start, inside, F.value_dim, F.value_width, True)
+        share, maximum, total, shrink = softmax.step(maximum, total, logarithm[:, None], 1.0)
+        weighted = weighted * shrink[:, None] + share * part
+        part_start += parts.split
+        lse_start += parts_lse.split
+    share, logarithm = softmax.finish(maximum, total)
+    out_start = tiles.offsets(out, b, time, head)
+    tiles.store(out, out_start, inside, weighted * share[:, None], F.value_dim, F.value_width)
+    tl.store(lse.ptr + tiles.offsets(lse, b, time, head), logarithm * LN2, mask=inside)
