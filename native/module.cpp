@@ -10,10 +10,12 @@
 
 #include "attention/problem.hpp"
 #include "common/scratch.hpp"
+#include "hadamard/problem.hpp"
 
-#define ONCHIP_DECLARE(isa)                              \
-    namespace onchip::isa {                              \
+#define ONCHIP_DECLARE(isa)                                    \
+    namespace onchip::isa {                                    \
     extern const onchip::attention::Kernels attention_kernels; \
+    extern const onchip::hadamard::Kernels hadamard_kernels;   \
     }
 ONCHIP_DECLARE(baseline)
 #ifdef ONCHIP_X86
@@ -26,32 +28,40 @@ using namespace onchip;
 
 namespace {
 
+// Every op's kernels for one instruction set.
+struct InstructionSet {
+    const char* name;
+    attention::Kernels attention;
+    hadamard::Kernels hadamard;
+};
+#define ONCHIP_INSTRUCTION_SET(isa) InstructionSet{#isa, isa::attention_kernels, isa::hadamard_kernels}
+
 // Best first.
-std::vector<const attention::Kernels*> supported() {
-    std::vector<const attention::Kernels*> kernels;
+std::vector<InstructionSet> supported() {
+    std::vector<InstructionSet> sets;
 #ifdef ONCHIP_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        kernels.push_back(&avx512::attention_kernels);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2::attention_kernels);
+        sets.push_back(ONCHIP_INSTRUCTION_SET(avx512));
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(ONCHIP_INSTRUCTION_SET(avx2));
 #endif
-    kernels.push_back(&baseline::attention_kernels);
-    return kernels;
+    sets.push_back(ONCHIP_INSTRUCTION_SET(baseline));
+    return sets;
 }
 
-const attention::Kernels* chosen = supported().front();
+InstructionSet chosen = supported().front();
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const auto* kernels : supported()) names.emplace_back(kernels->name);
+    for (const InstructionSet& set : supported()) names.emplace_back(set.name);
     return names;
 }
 
 void use_instruction_set(const std::string& name) {
-    for (const auto* kernels : supported()) {
-        if (kernels->name == name) {
-            chosen = kernels;
+    for (const InstructionSet& set : supported()) {
+        if (set.name == name) {
+            chosen = set;
             return;
         }
     }
@@ -101,7 +111,7 @@ void attention_forward(const Sizes& sizes, double scale, double softcap, const s
                        const std::vector<int64_t>& starts_k, const Tensors& tensors) {
     const attention::Problem p = problem(sizes, scale, softcap, starts_q, starts_k, tensors);
     nb::gil_scoped_release release;
-    chosen->forward(p);
+    chosen.attention.forward(p);
 }
 
 void attention_backward(const Sizes& sizes, double scale, double softcap, const std::vector<int64_t>& starts_q,
@@ -112,7 +122,16 @@ void attention_backward(const Sizes& sizes, double scale, double softcap, const 
                            tensor(gradients[4]), tensor(gradients[5]), {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]},
                            tensor(gradients[6]), tensor(gradients[7])};
     nb::gil_scoped_release release;
-    chosen->backward(p, g);
+    chosen.attention.backward(p, g);
+}
+
+// Sizes are (a, b, c, n, threads): three leading dimensions and the transform's.
+void hadamard_transform(const std::array<int64_t, 5>& sizes, double scale,
+                        const std::array<std::optional<Described>, 4>& tensors) {
+    const hadamard::Problem p{{sizes[0], sizes[1], sizes[2]}, sizes[3], scale, tensor(tensors[0]), tensor(tensors[1]),
+                              tensor(tensors[2]), tensor(tensors[3]), int(sizes[4])};
+    nb::gil_scoped_release release;
+    chosen.hadamard.transform(p);
 }
 
 }  // namespace
@@ -120,9 +139,10 @@ void attention_backward(const Sizes& sizes, double scale, double softcap, const 
 NB_MODULE(_native, m) {
     m.doc() = "onchip's native CPU kernels; the functions in onchip.ops are the way in.";
     m.def("instruction_sets", instruction_sets, "Instruction sets this processor can run, best first.");
-    m.def("instruction_set", [] { return chosen->name; }, "The instruction set in use.");
+    m.def("instruction_set", [] { return chosen.name; }, "The instruction set in use.");
     m.def("use_instruction_set", use_instruction_set, "Use another of `instruction_sets`; for tests.");
     m.def("poison_scratch", poison_scratch, "Fill working memory with NaNs before every use; for tests.");
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
+    m.def("hadamard_transform", hadamard_transform);
 }

@@ -85,6 +85,6 @@ void backward(const Problem& p, const Gradients& g) {
 }  // namespace
 
 extern const attention::Kernels attention_kernels;
-const attention::Kernels attention_kernels{ONCHIP_ISA_NAME, forward, backward};
+const attention::Kernels attention_kernels{forward, backward};
 
 }  // namespace onchip::ONCHIP_ISA

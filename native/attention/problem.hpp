@@ -61,7 +61,6 @@ struct Reach {
 
 // The kernels of one instruction set.
 struct Kernels {
-    const char* name;
     void (*forward)(const Problem&);
     void (*backward)(const Problem&, const Gradients&);
 };
