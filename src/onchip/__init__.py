@@ -9,9 +9,17 @@ torch.Size([1, 128, 4, 32])
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onchip.ops import attention, attention_with_lse, explain
+    from onchip.ops import attention, attention_fp8, attention_fp8_with_lse, attention_with_lse, explain, hadamard
 
-__all__ = ["__version__", "attention", "attention_with_lse", "explain"]
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_fp8",
+    "attention_fp8_with_lse",
+    "attention_with_lse",
+    "explain",
+    "hadamard",
+]
 __version__ = "0.1.0"
 
 
