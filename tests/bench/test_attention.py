@@ -7,7 +7,7 @@ import torch
 
 import onchip
 from onchip.bench import attention, memory
-from onchip.bench.cases import SUITES, Case, cases
+from onchip.bench.cases import GPU_SUITES, SUITES, Case, cases
 from onchip.bench.machine import describe
 from onchip.ops.attention import reference
 
@@ -19,6 +19,7 @@ CASES = [
     dataclasses.replace(SQUARE, window=5),
     dataclasses.replace(SQUARE, q_len=7, k_len=24, grad=False),
     Case("decode", "bfloat16", 8, 2, 1, 33, 16),
+    dataclasses.replace(SQUARE, batch=2, alone=True),
 ]
 
 
@@ -69,10 +70,43 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         attention.measure(SQUARE, CPU, describe("cpu", "default"))
 
 
-def test_every_suite_has_cases_that_run_when_small():
-    for suite in SUITES:
-        for case in cases(suite, lengths=[16], head_dims=[8], quick=True):
-            tiny = dataclasses.replace(case, heads=2, heads_kv=2)
+def test_a_backward_pass_alone_runs_no_forward_pass(monkeypatch):
+    right, runs = onchip.attention, []
+    monkeypatch.setattr(onchip, "attention", lambda *args, **options: runs.append(args) or right(*args, **options))
+    alone, both = (dataclasses.replace(SQUARE, alone=alone) for alone in (True, False))
+    assert both.operations / alone.operations == 3.5 / 2.5
+    for case, expected in ((alone, 1), (both, 3)):
+        runs.clear()
+        call = attention.contender("onchip", case, CPU).call
+        first, *others = (call() for _ in range(3))
+        assert len(runs) == expected
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_cases_on_a_gpu_are_those_of_the_papers():
+    for suite in ("forward", "backward"):
+        for case in cases(suite, device="cuda"):
+            assert case.dtype == "bfloat16"
+            assert case.batch * case.q_len == 16384 and case.heads * case.head_dim == 2048
+            full = 4 * case.q_len**2 * case.head_dim * case.heads * case.batch * (2.5 if suite == "backward" else 1)
+            assert case.operations == pytest.approx(full / 2 if case.causal else full, rel=1e-3)
+    (decode,) = cases("decode", device="cuda")
+    assert (decode.heads, decode.heads_kv, decode.head_dim, decode.k_len) == (32, 8, 128, 65536)
+    assert decode.cache_bytes == 2 * 2 * 65536 * 8 * 128
+
+
+def test_rates_are_work_over_time():
+    row = attention.measure(dataclasses.replace(SQUARE, alone=True), CPU, describe("cpu", "default"), seconds=0.0)
+    for name in ("onchip", "sdpa_math"):
+        assert row.rate[name] == pytest.approx(row.case.operations / row.ms[name].median * 1e-9, rel=1e-2)
+
+
+@pytest.mark.parametrize("device, suites", [("cpu", SUITES), ("cuda", GPU_SUITES)])
+def test_every_suite_has_cases_that_run_when_small(device, suites):
+    for suite in suites:
+        for case in cases(suite, lengths=[16], head_dims=[8], quick=True, device=device):
+            tiny = dataclasses.replace(case, heads=2, heads_kv=2, batch=1)
             names = ["onchip", *attention.peers(tiny, CPU)]
             assert len(names) > 1
             for name in names:

@@ -8,10 +8,10 @@ import dataclasses
 import datetime
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from onchip.bench.rows import Row
 from onchip.bench.timing import Candidate, Quartiles, interleave, quartiles, ratio
 from onchip.ops.attention import reference
 
-MATH_LIMIT = 8 * 2048**2  # elements of the (B, H, T, T) logits above which the peer that writes them is left out
+# Elements of the (B, H, T, T) logits above which the peer that writes them, several times, is left out.
+MATH_LIMIT = {"cpu": 8 * 2048**2, "cuda": 2**31}
 BLOCK = 512  # query rows that the check computes at a time
 
 
@@ -71,7 +72,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation at one case: `call` gives the output, and the gradients of q, k and v where there are any."""
+    """One implementation at one case: `call` gives the output, and the gradients of q, k and v where there are any.
+
+    Where the backward pass is `alone`, the first call runs the forward pass, too.
+    """
 
     call: Callable[[], tuple[Tensor, ...]]
     inputs: Inputs
@@ -97,11 +101,11 @@ def contender(name: str, case: Case, device: torch.device) -> Contender:
     """`onchip`, or the peer of that name, with inputs of its own."""
     inputs = Inputs.random(case, device)
     if name == "onchip":
-        return Contender(_pass(_onchip(case), inputs), inputs, heads_first=False)
+        return Contender(_pass(_onchip(case), inputs, case.alone), inputs, heads_first=False)
     inputs = inputs.heads_first()
     if name == "flex":
-        return Contender(_pass(_flex(case, device), inputs), inputs)
-    call = _pass(_sdpa(case, device), inputs)
+        return Contender(_pass(_flex(case, device), inputs, case.alone), inputs)
+    call = _pass(_sdpa(case, device), inputs, case.alone)
     if name == "sdpa":
         return Contender(call, inputs)
     return Contender(call, inputs, lambda: sdpa_kernel(SDPA_BACKENDS[name]))
@@ -112,7 +116,7 @@ def peers(case: Case, device: torch.device, *, flex: bool = False) -> list[str]:
     if case.suite == "overhead":  # there, choosing the kernel is part of the price
         return ["sdpa"]
     writes_logits = case.batch * case.heads * case.q_len * case.k_len
-    names = [name for name in SDPA_BACKENDS if name != "sdpa_math" or writes_logits <= MATH_LIMIT]
+    names = [name for name in SDPA_BACKENDS if name != "sdpa_math" or writes_logits <= MATH_LIMIT[device.type]]
     serving = [name for name in names if _serves(name, case, device)]
     has_flex = flex and not (case.grad and device.type == "cpu")  # where it has no backward
     return serving + ["flex"] * has_flex
@@ -151,11 +155,12 @@ def measure(
     if case.suite == "memory":
         extra = {name: _significant(memory.extra_in_subprocess(case, name, device)) for name in runners}
         return dataclasses.replace(row, extra=extra)
-    ceiling = _ceiling(case, device)
+    ceiling = ceiling_of(case, device)
     candidates = {name: Candidate(c.call, c.scope) for name, c in runners.items()} | {ceiling.name: ceiling.candidate}
     with _threads(threads):
         times = interleave(candidates, device, seconds=seconds, min_rounds=min_rounds)
-    work = (case.cache_bytes if ceiling.name == "read" else case.operations) / ceiling.work
+    amount = case.operations if ceiling.name == "mm" else case.cache_bytes
+    work = amount / ceiling.work
     return dataclasses.replace(
         row,
         rounds=len(times["onchip"]),
@@ -163,6 +168,7 @@ def measure(
         ratio={name: _rounded(ratio(times[name], times["onchip"])) for name in list(runners)[1:]},
         of=ceiling.name,
         fraction={name: _significant(work * ratio(times[ceiling.name], times[name]).median) for name in runners},
+        rate=_rates({**dict.fromkeys(runners, amount), ceiling.name: ceiling.work}, times, ceiling.unit),
     )
 
 
@@ -228,17 +234,19 @@ def truth(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     return (out, *grads) if case.grad else (out,)
 
 
-def _pass(function: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+def _pass(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, alone: bool
+) -> Callable[[], tuple[Tensor, ...]]:
     q, k, v = inputs.q, inputs.k, inputs.v
-
-    def forward() -> tuple[Tensor, ...]:
-        return (function(q, k, v),)
+    forward: Callable[[], Tensor] = functools.partial(function, q, k, v)
+    if alone:
+        forward = functools.cache(forward)
 
     def forward_and_backward() -> tuple[Tensor, ...]:
-        out = function(q, k, v)
-        return (out, *torch.autograd.grad(out, (q, k, v), inputs.grad_out))
+        out = forward()
+        return (out, *torch.autograd.grad(out, (q, k, v), inputs.grad_out, retain_graph=alone))
 
-    return forward_and_backward if q.requires_grad else forward
+    return forward_and_backward if q.requires_grad else lambda: (forward(),)
 
 
 def _mask(case: Case) -> dict[str, Any]:
@@ -280,7 +288,8 @@ def _serves(name: str, case: Case, device: torch.device) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in which PyTorch explains why a backend does not serve
-            contender(name, small(case), device).results()
+            # A GPU's libraries refuse some shapes and not others, and are quick to ask.
+            contender(name, small(case) if device.type == "cpu" else case, device).results()
     except RuntimeError:
         return False
     return True
@@ -288,25 +297,41 @@ def _serves(name: str, case: Case, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a case is held against; `work` is the operations, or for "read" the bytes, of one call."""
+    """What a case is held against; `work` is the operations of one call, or the bytes that it reads or copies."""
 
-    name: str
+    name: Literal["mm", "read", "copy"]
     work: float
     candidate: Candidate
 
+    @property
+    def unit(self) -> float:
+        """What rates are counted in: TFLOP/s or GB/s."""
+        return 1e12 if self.name == "mm" else 1e9
 
-def _ceiling(case: Case, device: torch.device) -> Ceiling:
+
+def ceiling_of(case: Case, device: torch.device) -> Ceiling:
+    """A product of matrices in the case's dtype; for decoding, memory: read on a CPU, copied on a GPU."""
+    if case.suite == "decode" and device.type == "cuda":
+        source, target = (torch.ones(2**28, device=device) for _ in range(2))  # 1 GB each, read and written
+        return Ceiling("copy", 2 * source.nbytes, Candidate(functools.partial(target.copy_, source)))
     if case.suite == "decode":
         cache = torch.ones(2**26, device=device)  # 256 MB, more than any cache holds
         return Ceiling("read", cache.nbytes, Candidate(cache.sum))
-    size, dtype = 256, getattr(torch, case.dtype)
+    size, largest = (256, 4096) if device.type == "cpu" else (8192, 8192)
     while True:
-        operand = torch.randn(size, size, device=device).to(dtype)
+        operand = torch.randn(size, size, device=device).to(getattr(torch, case.dtype))
         product = Candidate(functools.partial(torch.mm, operand, operand))
+        if size == largest:
+            break
         once = interleave({"mm": product}, device, seconds=0.0, min_rounds=1)["mm"][0]
-        if once > 5e-3 or size == 4096:  # long enough to be at full speed
-            return Ceiling("mm", 2.0 * size**3, product)
+        if once > 5e-3:  # long enough to be at full speed
+            break
         size *= 2
+    return Ceiling("mm", 2.0 * size**3, product)
+
+
+def _rates(work: Mapping[str, float], times: Mapping[str, list[float]], unit: float) -> dict[str, float]:
+    return {name: _significant(amount / unit / quartiles(times[name]).median) for name, amount in work.items()}
 
 
 @contextmanager

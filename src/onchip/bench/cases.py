@@ -1,23 +1,31 @@
 """What `onchip bench attention` measures: the cases, by suite, and how much work each is."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Suite = Literal["forward", "backward", "bf16", "window", "decode", "memory", "overhead"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
+GPU_SUITES: tuple[Suite, ...] = ("forward", "backward", "decode", "window", "memory")
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-WIDTH = 512  # heads × head_dim of the square cases
+WIDTH: dict[Device, int] = {"cpu": 512, "cuda": 2048}  # heads × head_dim of the square cases
+TOKENS: dict[Device, int] = {"cpu": 1, "cuda": 16384}  # in all, as the papers have it: short sequences come in batches
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 QUICK_LENGTHS = (512, 1024)
+GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention. `window` counts the keys a query sees, itself the last (left = window - 1)."""
+    """One call of attention. `window` counts the keys a query sees, itself the last (left = window - 1).
+
+    `grad`: both passes; `alone`: of the two only the backward pass is timed.
+    """
 
     suite: Suite
     dtype: Dtype
@@ -30,6 +38,7 @@ class Case:
     window: int | None = None
     grad: bool = False
     batch: int = 1
+    alone: bool = False
 
     @property
     def pairs(self) -> int:
@@ -43,7 +52,7 @@ class Case:
     def operations(self) -> float:
         """Floating-point operations: two products of matrices forward, five more backward."""
         forward = 4.0 * self.batch * self.heads * self.pairs * self.head_dim
-        return forward * 3.5 if self.grad else forward
+        return forward * (2.5 if self.alone else 3.5 if self.grad else 1.0)
 
     @property
     def cache_bytes(self) -> int:
@@ -56,7 +65,8 @@ class Case:
         lengths = f"T {self.q_len}" if self.q_len == self.k_len else f"Tq {self.q_len}, Tk {self.k_len}"
         heads = f"H {self.heads}" if self.heads == self.heads_kv else f"H {self.heads}/{self.heads_kv}"
         mask = f"window {self.window}" if self.window else "causal" if self.causal else "full"
-        return (self.dtype, lengths, f"{heads}, D {self.head_dim}", mask, "both passes" if self.grad else "forward")
+        passes = "backward" if self.alone else "both passes" if self.grad else "forward"
+        return (self.dtype, lengths, f"{heads}, D {self.head_dim}", mask, passes)
 
     @property
     def label(self) -> str:
@@ -71,48 +81,51 @@ def cases(
     lengths: Sequence[int] = (),
     head_dims: Sequence[int] = (),
     quick: bool = False,
+    device: Device = "cpu",
 ) -> Iterator[Case]:
-    """The cases of a suite; what is not given has the suite's own default.
+    """The cases of a suite; what is not given has the suite's own default on the device.
 
     >>> [case.label for case in cases("forward", lengths=[512], head_dims=[64])]
     ['float32 T 512 H 8, D 64 full forward', 'float32 T 512 H 8, D 64 causal forward']
     """
     default_dtypes: dict[Suite, Sequence[Dtype]] = {"bf16": ["bfloat16"], "decode": ["float32", "bfloat16"]}
     default_dims: dict[Suite, Sequence[int]] = {"decode": [128], "memory": [64], "overhead": [64]}
-    for dtype in dtypes or default_dtypes.get(suite, ["float32"]):
+    for dtype in dtypes or (["bfloat16"] if device == "cuda" else default_dtypes.get(suite, ["float32"])):
         for head_dim in head_dims or default_dims.get(suite, [64, 128]):
-            for length in lengths or _default_lengths(suite, quick):
-                yield from _variants(suite, dtype, length, head_dim)
+            for length in lengths or _default_lengths(suite, quick, device):
+                yield from _variants(suite, dtype, length, head_dim, device)
 
 
-def _default_lengths(suite: Suite, quick: bool) -> Sequence[int]:
+def _default_lengths(suite: Suite, quick: bool, device: Device) -> Sequence[int]:
     match suite:
         case "bf16":  # SDPA needs 15 s for one pass over 4096 on two cores
             return QUICK_LENGTHS if quick else LENGTHS[:3]
         case "window":
             return [1024 if quick else 4096]
         case "decode":
-            return [4096 if quick else 32768]
+            return [4096 if quick else 65536 if device == "cuda" else 32768]
         case "memory":
             return [1024 if quick else 8192]
         case "overhead":
             return [8]
         case _:
-            return QUICK_LENGTHS if quick else LENGTHS
+            return QUICK_LENGTHS if quick else GPU_LENGTHS if device == "cuda" else LENGTHS
 
 
-def _variants(suite: Suite, dtype: Dtype, length: int, head_dim: int) -> Iterator[Case]:
-    heads = max(1, WIDTH // head_dim)
+def _variants(suite: Suite, dtype: Dtype, length: int, head_dim: int, device: Device) -> Iterator[Case]:
+    heads, batch = max(1, WIDTH[device] // head_dim), max(1, TOKENS[device] // length)
+    square = functools.partial(Case, suite, dtype, heads, heads, length, length, head_dim, batch=batch)
     if suite == "decode":
         yield Case(suite, dtype, 32, 8, 1, length, head_dim)
     elif suite == "overhead":
         yield Case(suite, dtype, 1, 1, length, length, head_dim)
     elif suite == "window":
         for grad in (False, True):
-            yield Case(suite, dtype, heads, heads, length, length, head_dim, causal=True, window=256, grad=grad)
+            yield square(causal=True, window=256, grad=grad)
     elif suite == "memory":
         for grad in (False, True):
-            yield Case(suite, dtype, heads, heads, length, length, head_dim, grad=grad)
+            yield square(grad=grad)
     else:
         for causal in (False, True):
-            yield Case(suite, dtype, heads, heads, length, length, head_dim, causal, grad=suite in ("backward", "bf16"))
+            backward = suite == "backward"
+            yield square(causal=causal, grad=backward or suite == "bf16", alone=backward and device == "cuda")

@@ -6,6 +6,8 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -45,11 +47,19 @@ class Machine:
     torch: str
     onchip: str
     commit: str | None
+    triton: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is one; a CPU has cores."""
+        return self.cores == 0
 
     @property
     def slug(self) -> str:
         """A folder's name for results from this kind of machine."""
-        words = self.name if self.cores == 0 else f"{self.name} {self.cores} core {self.capability}"
+        words = self.name if self.gpu else f"{self.name} {self.cores} core {self.capability}"
         return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
@@ -65,11 +75,7 @@ def describe(device: str, malloc: Malloc) -> Machine:
     on_gpu = device != "cpu"
     return Machine(
         name=torch.cuda.get_device_name() if on_gpu else _cpu_name(),
-        cores=0
-        if on_gpu
-        else len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cores=0 if on_gpu else cores(),
         capability="sm_{}{}".format(*torch.cuda.get_device_capability())
         if on_gpu
         else torch.backends.cpu.get_cpu_capability(),
@@ -79,6 +85,7 @@ def describe(device: str, malloc: Malloc) -> Machine:
         torch=torch.__version__,
         onchip=onchip.__version__,
         commit=_commit(),
+        **(_gpu_versions() if on_gpu else {}),
     )
 
 
@@ -91,14 +98,27 @@ def _cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 
+def _gpu_versions() -> dict[str, str | None]:
+    import torch
+
+    triton = version("triton") if find_spec("triton") else None
+    driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"triton": triton, "cuda": torch.version.cuda, "driver": driver and driver.splitlines()[0]}
+
+
 def _commit() -> str | None:
-    """The commit of the source tree onchip runs from, + where files differ from it; None outside of a tree."""
-    source = Path(__file__).parent
+    """The commit of the source tree onchip runs from, + where files differ from it.
+
+    Where there is no git, ONCHIP_COMMIT may say which it is; else None.
+    """
+    described = _output_of("git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+")
+    return described or os.environ.get("ONCHIP_COMMIT") or None
+
+
+def _output_of(*command: str) -> str | None:
+    """What a command prints; None where it is missing, fails or prints nothing."""
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"],
-            cwd=source, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return described.stdout.strip() or None
+    return run.stdout.strip() if run.returncode == 0 and run.stdout.strip() else None

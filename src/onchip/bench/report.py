@@ -13,25 +13,26 @@ from onchip.bench.timing import Quartiles
 
 NAMES = {"sdpa": "SDPA", "sdpa_flash": "flash", "sdpa_math": "math", "flex": "flex", "onchip": "onchip",
          "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN"}  # fmt: skip
-CEILINGS = {"mm": "torch.mm", "read": "read rate"}
+CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
+UNITS = {"mm": "TFLOP/s", "read": "GB/s", "copy": "GB/s"}
 
 console = Console()
 
 
-def progress(plan: Sequence[Case]) -> Iterator[Case]:
+def progress(plan: Sequence[Case], gpu: bool = False) -> Iterator[Case]:
     """The cases one by one, with a bar and the time left. It is drawn between cases, never while one is timed."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("", total=sum(_weight(case) for case in plan))
+        task = bar.add_task("", total=sum(_weight(case, gpu) for case in plan))
         for case in plan:
             bar.update(task, description=case.label, refresh=True)
             yield case
-            bar.update(task, advance=_weight(case))
+            bar.update(task, advance=_weight(case, gpu))
 
 
-def _weight(case: Case) -> float:
-    """Short cases take the time they are given, long ones what five rounds need."""
-    return 1 + case.operations / 1e11
+def _weight(case: Case, gpu: bool) -> float:
+    """Short cases take the time they are given, long ones what five rounds need; on a GPU all are short."""
+    return 1 if gpu else 1 + case.operations / 1e11
 
 
 def show(suite: str, rows: Sequence[Row]) -> None:
@@ -47,6 +48,8 @@ def show(suite: str, rows: Sequence[Row]) -> None:
     for _ in varying:
         table.add_column(no_wrap=True)
     table.add_column("onchip", justify="right", no_wrap=True)
+    if rows[0].of and machine.gpu:
+        table.add_column(UNITS[rows[0].of], justify="right")
     if rows[0].of:
         table.add_column(f"of {CEILINGS[rows[0].of]}", justify="right")
     for peer in peers:
@@ -55,9 +58,12 @@ def show(suite: str, rows: Sequence[Row]) -> None:
         figures = _extra(row, peers) if row.extra else _times(row, peers)
         table.add_row(*labels, *figures)
     console.print(f"[bold]attention, {suite}[/bold]: {', '.join(common)}", highlight=False)
-    console.print(
-        f"{machine.name}, {machine.threads} threads, malloc {machine.malloc}; served by {served}", style="dim"
+    setting = (
+        f"torch {machine.torch}, triton {machine.triton}, CUDA {machine.cuda}, driver {machine.driver}"
+        if machine.gpu
+        else f"{machine.threads} threads, malloc {machine.malloc}"
     )
+    console.print(f"{machine.name}, {setting}; served by {served}", style="dim")
     console.print(table)
 
 
@@ -67,8 +73,9 @@ def _extra(row: Row, peers: Sequence[str]) -> list[str]:
 
 def _times(row: Row, peers: Sequence[str]) -> list[str]:
     ratios = [_ratio(row.ratio[peer]) if peer in row.ratio else "" for peer in peers]
+    rate = [f"{row.rate['onchip']:.4g}"] if row.of and row.machine.gpu else []
     fraction = [f"{row.fraction['onchip']:.0%}"] if row.of else []
-    return [duration(row.ms["onchip"].median), *fraction, *ratios]
+    return [duration(row.ms["onchip"].median), *rate, *fraction, *ratios]
 
 
 def duration(milliseconds: float) -> str:

@@ -20,12 +20,13 @@ class Row:
     date: str
     served_by: str  # the implementation behind onchip
     rounds: int = 0
-    ms: dict[str, Quartiles] = field(default_factory=dict)  # a call; "mm" and "read" are the ceilings
+    ms: dict[str, Quartiles] = field(default_factory=dict)  # a call; "mm", "read" and "copy" are the ceilings
     ratio: dict[str, Quartiles] = field(
         default_factory=dict
     )  # the peer's time over onchip's: above 1, onchip is faster
     of: str = ""  # the ceiling that `fraction` is of
     fraction: dict[str, float] = field(default_factory=dict)  # of the ceiling's rate, measured in the same rounds
+    rate: dict[str, float] = field(default_factory=dict)  # TFLOP/s; GB/s where the ceiling is memory's
     extra: dict[str, float] = field(
         default_factory=dict
     )  # peak memory beyond inputs and outputs, as a fraction of them

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from onchip.bench import machine
-from onchip.bench.cases import DTYPES, SUITES, cases
+from onchip.bench.cases import DTYPES, GPU_SUITES, SUITES, Device, cases
 from onchip.cli.errors import Failure
 from onchip.cli.values import choices, integers
 
@@ -29,14 +29,14 @@ def _group() -> None:
 
 @bench.command()
 def attention(
-    suite: Annotated[str, typer.Option(metavar="SUITE,…", help="What to measure.", show_default="all")] = ",".join(
-        SUITES
-    ),
+    suite: Annotated[
+        str | None, typer.Option(metavar="SUITE,…", help="What to measure.", show_default="all for the device")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE,…", help="Instead of the suite's own.")] = None,
     lengths: Annotated[str | None, typer.Option(metavar="T,T,…", help="Instead of the suite's own.")] = None,
     head_dims: Annotated[str | None, typer.Option(metavar="D,D,…", help="Instead of the suite's own.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
+    device: Annotated[Device, typer.Option(help="Where.")] = "cpu",
     malloc: Annotated[
         Literal["default", "tuned", "both"],
         typer.Option(help="glibc's own settings, or set to keep freed memory, which helps PyTorch most."),
@@ -61,19 +61,24 @@ def attention(
     * **memory**: the peak beyond inputs and outputs, at T 8192
     * **overhead**: a tiny call
 
+    On a GPU everything is in bfloat16, 16,384 tokens in all and 2048 = heads × head dim, T 1024 to 16384; **backward**
+    is that pass alone; decode has Tk 65536 and is held against a copy's rate; bf16 and overhead are left out.
+
     For example: `onchip bench attention --suite forward --lengths 1024,4096 --malloc both`
     """
     if record and out is not None:
         raise Failure("--record and --out name two places; give one", exit_code=2)
+    suites = GPU_SUITES if device == "cuda" else SUITES
     plan = [
         case
-        for name in choices("--suite", suite, SUITES)
+        for name in (choices("--suite", suite, suites) if suite else suites)
         for case in cases(
             name,
             dtypes=choices("--dtype", dtype, DTYPES) if dtype else (),
             lengths=integers("--lengths", lengths) if lengths else (),
             head_dims=integers("--head-dims", head_dims) if head_dims else (),
             quick=quick,
+            device=device,
         )
     ]
     if malloc == "both" or dict(os.environ) != machine.environment(malloc):
@@ -81,7 +86,7 @@ def attention(
 
     import torch
 
-    from onchip.bench import plot, report, rows
+    from onchip.bench import plot, plot_rates, report, rows
     from onchip.bench.attention import measure
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -100,7 +105,7 @@ def attention(
         flex=flex,
     )
     wrong = []
-    for name, group in itertools.groupby(report.progress(plan), key=lambda case: case.suite):
+    for name, group in itertools.groupby(report.progress(plan, here.gpu), key=lambda case: case.suite):
         found = []
         for case in group:
             try:
@@ -112,7 +117,7 @@ def attention(
                 rows.merge(folder / "attention.jsonl", found[-1:])
         report.show(name, found)
     if folder is not None:
-        print(plot.attention(folder))
+        print((plot_rates if here.gpu else plot).attention(folder))
     if wrong:
         raise Failure(f"not timed, being wrong: {'; '.join(wrong)}")
 
@@ -127,7 +132,8 @@ def _in_fresh_processes(mallocs: list[machine.Malloc]) -> int:
 
 
 def _results() -> Path:
-    benchmarks = Path(__file__).parents[3] / "benchmarks"
-    if not benchmarks.is_dir():
-        raise Failure("--record needs the source tree; --out DIR writes anywhere", exit_code=2)
-    return benchmarks / "results"
+    """The source tree's, from src/ or a folder in build/."""
+    for parent in Path(__file__).parents:
+        if (parent / "benchmarks" / "results").is_dir():
+            return parent / "benchmarks" / "results"
+    raise Failure("--record needs the source tree; --out DIR writes anywhere", exit_code=2)

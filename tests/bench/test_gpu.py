@@ -1,0 +1,76 @@
+"""What a GPU's figures look like, from made-up rows; and, where there is a GPU, from a measurement of small cases."""
+
+import dataclasses
+
+import pytest
+import torch
+from rich.console import Console
+
+from onchip.bench import attention, plot_rates, report, rows
+from onchip.bench.cases import GPU_SUITES, Case, cases
+from onchip.bench.machine import describe
+from onchip.bench.rows import Row
+from onchip.bench.timing import Candidate, Quartiles, interleave
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture
+def machine():
+    cpu = describe("cpu", "default")
+    return dataclasses.replace(cpu, name="GPU 1", cores=0, triton="3.6.0", cuda="13.0", driver="580.1")
+
+
+def row(case, machine):
+    times = {"onchip": 2.0, "sdpa_flash": 3.0, "mm": 4.0}
+    return Row(
+        case, machine, "2026-01-01", "triton", 5,
+        {name: Quartiles(0.9 * t, t, 1.1 * t) for name, t in times.items()},
+        {"sdpa_flash": Quartiles(1.4, 1.5, 1.6)},
+        "copy" if case.suite == "decode" else "mm", {"onchip": 0.625, "sdpa_flash": 0.5},
+        {"onchip": 512.3, "sdpa_flash": 345.6, "mm": 800.0},
+    )  # fmt: skip
+
+
+def test_rates_are_shown_and_drawn(tmp_path, machine, capsys, monkeypatch):
+    monkeypatch.setattr(report, "console", Console(width=200))
+    for suite in ("forward", "decode"):
+        some = [row(case, machine) for case in cases(suite, device="cuda")]
+        rows.merge(tmp_path / "attention.jsonl", some)
+        report.show(suite, some)
+    shown = capsys.readouterr().out
+    for words in ("TFLOP/s", "GB/s", "512.3", "of copy rate", "CUDA 13.0", "driver 580.1", "triton 3.6.0"):
+        assert words in shown
+    assert rows.read(tmp_path / "attention.jsonl")[-1].rate["onchip"] == 512.3
+    assert plot_rates.attention(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_is_filed_by_its_name(machine):
+    assert machine.gpu and machine.slug == "gpu-1"
+    assert not describe("cpu", "default").gpu
+
+
+@on_gpu
+@pytest.mark.parametrize("suite", [suite for suite in GPU_SUITES if suite != "memory"])
+def test_small_cases_are_measured(suite):
+    case = next(cases(suite, lengths=[256], head_dims=[64], device="cuda"))
+    tiny = dataclasses.replace(case, batch=1, heads=4, heads_kv=4)
+    here = describe("cuda", "default")
+    found = attention.measure(tiny, torch.device("cuda"), here, seconds=0.1)
+    assert found.served_by == "triton" and found.rate["onchip"] > 0
+    assert {"sdpa_flash", "sdpa_math"} <= found.ratio.keys()
+    assert here.driver and here.cuda and here.triton
+
+
+@on_gpu
+def test_times_are_those_of_the_kernels_and_not_of_their_launch():
+    gigabyte = torch.ones(2**28, device="cuda")
+    times = interleave({"sum": Candidate(gigabyte.sum)}, torch.device("cuda"), seconds=0.1, min_rounds=5)
+    assert min(times["sum"]) > gigabyte.nbytes / 20e12  # no memory is as fast
+
+
+@on_gpu
+def test_a_peer_that_does_not_serve_is_left_out():
+    case = Case("forward", "float32", 2, 2, 128, 128, 64)
+    names = attention.peers(case, torch.device("cuda"))
+    assert "sdpa_flash" not in names and "sdpa_math" in names  # flash has no float32
