@@ -10,6 +10,10 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before Triton loads, which then runs its kernels by interpretation, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile("onchip", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("onchip")
 torch.set_num_threads(1)  # one worker, one core

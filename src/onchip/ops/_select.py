@@ -31,10 +31,9 @@ class Implementation:
     def refusal(self, *tensors: Tensor, requested: bool = True) -> str | None:
         """Why this implementation does not serve a call on these tensors, or None."""
         device = tensors[0].device
-        if self.devices is not None and device.type not in self.devices + self.on_request:
+        on_request = self.on_request if requested else ()
+        if self.devices is not None and device.type not in self.devices + on_request:
             return f"it runs on {'GPUs' if 'cuda' in self.devices else 'CPUs'}, and the call's tensors are on {device}"
-        if device.type in self.on_request and not requested:
-            return f"on {device} it runs only when asked for"
         return self.limits(*tensors)
 
 

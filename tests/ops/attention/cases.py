@@ -10,6 +10,7 @@ from .support import LAYOUTS, Case, case, lay_out
 
 FEW = st.integers(0, 20)
 LENGTHS = st.one_of(FEW, st.sampled_from([31, 63, 64, 65, 100, 127, 128, 129, 203, 257]))
+SHORT = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 64, 65, 70]))
 HEAD_DIMS = (1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 32, 33, 48, 59, 64, 65, 80, 96, 111, 128, 129, 192, 256, 257, 511, 512)
 PRODUCTS = 4_000_000  # multiplications of one q·kᵀ, at most: keeps an example to some milliseconds
 
@@ -22,6 +23,13 @@ def calls(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     if draw(st.booleans()):
         tk = tq
     return draw(_any(dtype, batch, kv_heads, group, tq, tk))
+
+
+@st.composite
+def short_calls(draw: st.DrawFn, dtype: torch.dtype) -> Case:
+    """Any call that is not packed, of a size that can be interpreted."""
+    group, tq, tk = draw(st.sampled_from([1, 2, 3])), draw(SHORT), draw(SHORT)
+    return draw(_any(dtype, draw(st.integers(1, 2)), 1, group, tq, tk, st.sampled_from([1, 5, 16, 24, 65])))
 
 
 @st.composite

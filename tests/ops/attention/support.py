@@ -36,6 +36,11 @@ class Case:
         cast = {n: x.to(dtype) if n in DIFFERENTIABLE and floating(x) else x for n, x in self.arguments.items()}
         return replace(self, arguments=cast, grad_out=self.grad_out.to(dtype), grad_lse=self.grad_lse.to(wide))
 
+    def on(self, device: str) -> "Case":
+        """The same call on another device."""
+        moved = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in self.arguments.items()}
+        return replace(self, arguments=moved, grad_out=self.grad_out.to(device), grad_lse=self.grad_lse.to(device))
+
     def times(self, factor: float) -> "Case":
         """q, k and v multiplied by `factor`."""
         return replace(self, arguments=self.arguments | {n: self[n] * factor for n in "qkv"})
@@ -90,8 +95,13 @@ def lay_out(x: Tensor, how: str) -> Tensor:
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:
-    """`out`, `lse` and, by the name of the input, the gradients."""
-    return differentiate(case, lambda **arguments: onchip.attention_with_lse(**arguments, backend=backend))
+    """`out`, `lse` and, by the name of the input, the gradients; Triton's from a GPU where there is one."""
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    results = differentiate(
+        case.on("cuda") if on_gpu else case,
+        lambda **arguments: onchip.attention_with_lse(**arguments, backend=backend),
+    )
+    return {name: x.cpu() for name, x in results.items()}
 
 
 def differentiate(case: Case, attention: Any) -> dict[str, Tensor]:

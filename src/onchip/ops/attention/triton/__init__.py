@@ -90,8 +90,8 @@ def _bias_gradient(call: Call, saved: Saved) -> Tensor:
     """
     assert call.bias is not None
     shape = (1,) * (4 - call.bias.ndim) + call.bias.shape
-    per_key = shape[3] > 1
-    per_query = shape[2] > 1 or not per_key
+    per_key = shape[3] != 1
+    per_query = shape[2] != 1 or not per_key
     own = shape[:2] if per_query and per_key else (call.batch, call.heads)
     tq, tk = call.longest
     grad = torch.empty((*own, tq if per_query else 1, tk if per_key else 1), dtype=torch.float32, device=call.q.device)

@@ -47,7 +47,7 @@ _GFX9: _Table = {
     "queries": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
     "bias": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
-_INTERPRETER = Blocks(32, 32, 1, 1)  # several tiles over the few rows that a test can afford
+_INTERPRETER = Blocks(32, 64, 1, 1)  # several tiles over the few rows that a test can afford
 
 
 def blocks(architecture: str, of: Pass, head_bytes: int) -> Blocks:
