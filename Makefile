@@ -1,7 +1,7 @@
 # onchip: `make` lists what there is to do. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check native bench clean
+.PHONY: help .venv demo test check native bench budgets clean test-gpu bench-gpu .gpu
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## List the targets
 	@printf 'usage: make TARGET\n\n'
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## Train a small language model on real text, sample from it, draw what it does (about 5 minutes)
 	$(BIN)/onchip train --preset demo --out demo
@@ -32,6 +32,19 @@ check: $(READY) ## Lint, format and type checks
 bench: $(READY) ## Measure attention against PyTorch's own, table only (about 20 minutes)
 	$(BIN)/onchip bench attention
 
+test-gpu: .gpu ## Run the tests of the operations on the GPU, with the machine's own python3 (under 10 minutes)
+	mkdir -p $(OUT)
+	$(ON_GPU) -m pytest -n auto --maxprocesses 16 --dist worksteal --durations 20 --junit-xml $(OUT)/test-gpu.xml \
+	  tests/ops tests/bench tests/cli/test_tune.py $(ARGS)
+
+bench-gpu: .gpu ## Measure attention on the GPU, with the machine's own python3, into benchmarks/results (under 10 minutes)
+	mkdir -p $(OUT)
+	$(ON_GPU) -m onchip bench attention --device cuda --suite forward,backward,decode --seconds 1 --record $(ARGS); \
+	  code=$$?; cp -R benchmarks/results $(OUT); exit $$code
+
+budgets: $(READY) ## Compile the kernels for GPUs that are not there and write what they take (about 3 minutes)
+	$(BIN)/python -m onchip.testing.budgets tests/budgets.toml
+
 native: ## Build the native kernels again
 	@rm -f $(READY)
 	@$(MAKE) --no-print-directory $(READY)
@@ -40,6 +53,18 @@ clean: ## Remove what was built, the caches and .venv; runs and demo stay
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv: $(READY) ## Set up: a virtual environment, the pinned dependencies, the native build
+
+# A machine that is lent for its GPU may have all packages, no network and no right to change them: onchip is built into
+# build/gpu, and nothing else is touched. OUT receives the results.
+GPU_PYTHON := $(or $(PYTHON),python3)
+OUT ?= build/gpu
+ON_GPU = PYTHONPATH=$(CURDIR)/build/gpu/site TRITON_CACHE_DIR=$(CURDIR)/build/gpu/triton timeout -s INT -k 20 540 $(GPU_PYTHON)
+
+.gpu:
+	@$(GPU_PYTHON) benchmarks/require_gpu.py
+	$(GPU_PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --upgrade --target build/gpu/site \
+	  --config-settings=build-dir=build/gpu/cmake .
+	@PYTHONPATH=build/gpu/site $(GPU_PYTHON) -c 'import onchip._native' || echo 'The native kernels were not built.'
 
 define FIND_PYTHON
 python=; for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
