@@ -1,8 +1,8 @@
 // The Walsh–Hadamard transform of rows in the first cache, in place and without its scale.
 //
 // H of size n is the product of log2(n) stages, one for each bit of the index, in any order: a stage replaces the pair
-// (a, b) of elements that differ in its bit by (a + b, a - b). The lowest bits number the lanes of a vector, and are done
-// by exchanging lanes while the vector is in a register; the others number vectors, up to three bits a pass over memory.
+// (a, b) of elements that differ in its bit by (a + b, a - b). The lowest bits number the lanes of a vector: those stages
+// exchange lanes while the vector is in a register. The others number vectors, and up to three are done in one pass.
 #pragma once
 
 #include <bit>
