@@ -1,0 +1,103 @@
+"""Launches whose kernels are held to a budget: of each operation the common case, and those that strain it.
+
+An operation adds a line to `SPECIMENS`, and a function that makes its launches from tensors on the device "meta", which
+have shapes and no elements. Kernels are imported only there, because TRITON_INTERPRET is read when they are.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from onchip.ops._triton import Launch
+
+if TYPE_CHECKING:
+    from onchip.ops.attention.triton.launches import Call, Saved
+
+ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Specimen(NamedTuple):
+    """Makes the launches of one call for an architecture, and the architectures on which they are held to a budget."""
+
+    launches: Callable[[str], Sequence[Launch]]
+    architectures: tuple[str, ...] = ALL
+
+
+def _attention(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """All passes over 4096 causal queries of 16 heads."""
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta((1, 4096, 16, dim), (1, 4096, 16, dim), (1, 4096, 16, dim), dtype=dtype)
+    call = launches.Call(q, k, v, -1, 0, dim**-0.5, 0.0, None, None, None, None, None, (4096, 4096), architecture)
+    out, lse = torch.empty_like(q), _float32(1, 16, 4096)
+    saved = launches.Saved(torch.empty_like(out), lse, torch.empty_like(lse))
+    return [*launches.attend(call, out, lse), *_backward(call, saved, out)]
+
+
+def _attention_with_everything(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """All passes over packed sequences, heads in groups, with a window, a softcap and all that is added to logits."""
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta((4096, 16, dim), (4096, 4, dim), (4096, 4, dim), dtype=dtype)
+    (bias,), (starts,) = _meta((1, 16, 1024, 1024), dtype=dtype), _meta((9,), dtype=torch.int32)
+    terms = bias, _float32(16), _float32(16)
+    call = launches.Call(q, k, v, 255, 0, dim**-0.5, 30.0, *terms, starts, starts, (1024, 1024), architecture)
+    out, lse = torch.empty_like(q), _float32(16, 4096)
+    saved = launches.Saved(torch.empty_like(out), lse, torch.empty_like(lse))
+    return [*launches.attend(call, out, lse), *_backward(call, saved, out, grad_lse=lse, grad_slopes=lse)]
+
+
+def _backward(
+    call: "Call", saved: "Saved", out: Tensor, grad_lse: Tensor | None = None, grad_slopes: Tensor | None = None
+) -> list[Launch]:
+    from onchip.ops.attention.triton import launches
+
+    return [
+        launches.deltas(call, out, saved.grad_out, grad_lse, saved.delta),
+        launches.keys_and_values(call, saved, torch.empty_like(call.k), torch.empty_like(call.v)),
+        launches.queries(call, saved, torch.empty_like(call.q), grad_slopes),
+    ]
+
+
+def _decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """One query of 32 heads over a long cache of 8: the pass over splits of the keys, and the one that combines."""
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta((1, 1, 32, dim), (1, 65536, 8, dim), (1, 65536, 8, dim), dtype=dtype)
+    call = launches.Call(q, k, v, -1, 0, dim**-0.5, 0.0, None, None, None, None, None, (1, 65536), architecture)
+    return launches.attend(call, torch.empty_like(q), _float32(1, 32, 1))
+
+
+def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
+    from onchip.ops.hadamard import triton as hadamard
+
+    (x,) = _meta((4096, 16, n), dtype=dtype)
+    return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
+
+
+def _meta(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+
+def _float32(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
+# Compiling them all is to take no more than three minutes of two cores: not every case is on every architecture.
+SPECIMENS = {
+    "attention bfloat16 128": Specimen(partial(_attention, dtype=torch.bfloat16, dim=128)),
+    "attention bfloat16 128, everything": Specimen(
+        partial(_attention_with_everything, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
+    ),
+    "attention bfloat16 256": Specimen(
+        partial(_attention, dtype=torch.bfloat16, dim=256), ("sm_80", "sm_90", "gfx942")
+    ),
+    "attention float16 64": Specimen(partial(_attention, dtype=torch.float16, dim=64), ("sm_80", "sm_90")),
+    "attention float32 64": Specimen(partial(_attention, dtype=torch.float32, dim=64), ("sm_80",)),
+    "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
+    "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
+    "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
+}
