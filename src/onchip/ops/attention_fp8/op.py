@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from onchip.ops._library import library
-from onchip.ops.attention import checks
 from onchip.ops.attention.outputs import output_like
 from onchip.ops.attention_fp8 import incoherent, reference
 from onchip.ops.attention_fp8.quantize import blocks, quantize
@@ -41,16 +40,16 @@ def _forward(
     seed: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    # Imported late: it brings Triton, for which `import onchip` should not wait.
+    implementation = import_module("onchip.ops.attention_fp8.triton") if backend == "triton" else reference
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        checks.check_lengths(q, k, None, cu_seqlens_q, cu_seqlens_k)
+        implementation.check_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
     with torch.autocast(q.device.type, enabled=False):  # what follows is in float32 where it says so
         of_queries, of_keys = blocks(q, cu_seqlens_q, block_scales), blocks(k, cu_seqlens_k, block_scales)
         turned = (q, k) if seed is None else (incoherent.rotate(q, seed), incoherent.rotate(k, seed))
         quantized = (quantize(turned[0], of_queries), quantize(turned[1], of_keys), quantize(v, of_keys))
-        # Imported late: it brings Triton, for which `import onchip` should not wait.
-        implementation = import_module("onchip.ops.attention_fp8.triton") if backend == "triton" else reference
-        out, lse = implementation.attention(*quantized, left, right, scale, softcap, cu_seqlens_q, cu_seqlens_k)
-    return out.to(q.dtype), lse
+        settings = (left, right, scale, softcap, cu_seqlens_q, cu_seqlens_k)
+        return cast(tuple[Tensor, Tensor], implementation.attention(*quantized, *settings, q.dtype))
 
 
 for _device in ("CPU", "CUDA"):

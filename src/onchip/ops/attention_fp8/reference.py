@@ -11,12 +11,18 @@ import math
 import torch
 from torch import Tensor
 
+from onchip.ops.attention import checks
 from onchip.ops.attention_fp8.quantize import BLOCK, E4M3, Quantized
 
 PEAK = (
     256.0  # what the largest probability becomes: the highest power of two in e4m3, so that fewer of the small are lost
 )
 LOG2_E = math.log2(math.e)
+
+
+def check_lengths(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """The boundaries' values make sense."""
+    checks.check_lengths(q, k, None, cu_seqlens_q, cu_seqlens_k)
 
 
 def attention(
@@ -29,8 +35,9 @@ def attention(
     softcap: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` in float32, as `onchip.attention_fp8_with_lse` defines them, of what has been quantised.
+    """`out` in `dtype` and `lse`, as `onchip.attention_fp8_with_lse` defines them, of what has been quantised.
 
     `left` and `right` are the window's reach in keys, -1 for unbounded (causal is `right=0`).
     """
@@ -41,12 +48,12 @@ def attention(
         for b in range(rows[0]):
             parts = [Quantized(x.values[b], x.scales[b]) for x in (q, k, v)]
             _sequence(parts, left, right, scale, softcap, out[b], lse[b])
-        return out, lse
+        return out.to(dtype), lse
     sequences_q, sequences_k = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
     for (q0, q1), (k0, k1) in zip(sequences_q, sequences_k, strict=True):
         parts = [Quantized(x.values[a:b], x.scales[a:b]) for x, a, b in ((q, q0, q1), (k, k0, k1), (v, k0, k1))]
         _sequence(parts, left, right, scale, softcap, out[q0:q1], lse[:, q0:q1])
-    return out, lse
+    return out.to(dtype), lse
 
 
 def _sequence(
