@@ -19,6 +19,7 @@ from onchip.cli.explain import explain
 from onchip.cli.generate import generate
 from onchip.cli.show import show
 from onchip.cli.train import train
+from onchip.cli.tune import tune
 
 app = typer.Typer(
     name="onchip",
@@ -34,6 +35,7 @@ for _command in (train, generate, show):
     app.command()(_command)
 app.add_typer(bench)
 app.add_typer(explain)
+app.add_typer(tune)
 
 
 def _print_version(asked: bool) -> None:
