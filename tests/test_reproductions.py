@@ -15,7 +15,16 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
 
 @pytest.fixture(scope="module")
 def flashattention():
-    spec = spec_from_file_location("flashattention", REPRODUCTIONS / "flashattention.py")
+    yield from loaded("flashattention")
+
+
+@pytest.fixture(scope="module")
+def flashattention3():
+    yield from loaded("flashattention3")
+
+
+def loaded(name):
+    spec = spec_from_file_location(name, REPRODUCTIONS / f"{name}.py")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -47,3 +56,39 @@ def test_memory_is_judged_by_its_growth(flashattention, ours, eager, holds):
 def test_speed_must_grow_and_reach_what_was_published(flashattention, speeds, holds):
     finding = flashattention.growing_speed([512, 1024, 2048], [Quartiles(x, x, x) for x in speeds])
     assert finding.holds is holds
+
+
+@pytest.mark.slow
+def test_flashattention3_runs(tmp_path):
+    script = [sys.executable, str(REPRODUCTIONS / "flashattention3.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    verdicts = re.findall("PASS|FAIL", run.stdout)  # the sequences are too short here for the published errors
+    assert len(verdicts) == 3, run.stderr
+    assert run.returncode == ("FAIL" in verdicts)
+    assert (tmp_path / "flashattention3.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_are_judged_against_the_published_ones(flashattention3):
+    published = dict(flashattention3.PUBLISHED)
+    findings = flashattention3.as_published, flashattention3.less_than_standard, flashattention3.what_helps
+    assert all(finding(published).holds for finding in findings)
+    for name in published:
+        assert not flashattention3.as_published(published | {name: 1.6 * published[name]}).holds
+        assert not flashattention3.as_published(published | {name: published[name] / 1.6}).holds
+    for name in ("float16, FlashAttention", "FP8, both"):
+        assert not flashattention3.less_than_standard(published | {name: 1.6 * published[name]}).holds
+    assert not flashattention3.what_helps(published | {"FP8, incoherent processing alone": 2e-2}).holds
+    assert not flashattention3.what_helps(published | {"FP8, both": 5e-3}).holds
+
+
+def test_the_published_inputs_have_their_moments(flashattention3):
+    x = flashattention3.outliers(4096, 128)
+    # A variance of 1 + 0.001 · 100, of which the outliers make the estimate uncertain by a few thousandths.
+    assert abs(x.square().mean().item() - 1.1) < 0.02
+    assert x.abs().max() > 15
+
+
+def test_without_incoherent_processing_errors_grow(flashattention3):
+    errors = flashattention3.measure(256, 1)
+    assert errors["float16, FlashAttention"] < errors["float16, standard"] < errors["FP8, both"]
+    assert errors["FP8, both"] < errors["FP8, a scale a block alone"]

@@ -26,6 +26,7 @@ from onchip.ops.attention_fp8.quantize import BLOCK, Quantized
 PEAK: tl.constexpr = tl.constexpr(reference.PEAK)
 NARROWEST = 32  # what tensor cores sum over in one instruction on e4m3
 ROWS, WARPS, STAGES = 128, 8, 2  # two warpgroups of 64 rows, and one tile of keys loaded ahead
+ROWS_OF_WIDE = 64  # of heads over 128 wide: more rows do not fit into registers
 
 
 class Scaled(NamedTuple):
@@ -95,13 +96,14 @@ def launch(call: Call, q_scales: Tensor, k_scales: Tensor, v_scales: Tensor, out
         head_width=max(call.features.head_width, NARROWEST),
         folded=True,  # the factor of q·k goes into the scales
     )
-    slots, all_slots = call.slots(call.q, features.group, ROWS)
+    rows = ROWS if max(features.head_width, features.value_width) <= 128 else ROWS_OF_WIDE
+    slots, all_slots = call.slots(call.q, features.group, rows)
     *sizes, factors, _ = call.shared
     views = (Rows.of(call.q), Rows.of(call.k), Columns.of(call.v))
     scales = (Rows.of(x[..., None]) for x in (q_scales, k_scales, v_scales))
     arguments = (
         *map(Scaled, views, scales), Rows.of(out), Rows.of_lse(lse), call.terms, call.sequences,
-        slots, call.heads_kv, *sizes, factors, features, ROWS, BLOCK, call.architecture == "interpreter",
+        slots, call.heads_kv, *sizes, factors, features, rows, BLOCK, call.architecture == "interpreter",
     )  # fmt: skip
     return Launch(attend, (all_slots * call.heads_kv,), arguments, WARPS, STAGES)
 
