@@ -145,7 +145,8 @@ def attend(
     q_tile = tiles.load(q.rows, q_start, rows.inside, F.head_dim, F.head_width, True)
     q_scale = tl.load(q.scales.ptr + tiles.offsets(q.scales, place.b, time, rows.head), mask=rows.inside, other=0.0)
     maximum, total = softmax.begin(terms.sinks, rows.head, True, BLOCK_M)
-    carry = (maximum, total, tl.zeros([BLOCK_M, F.value_width], tl.float32))
+    WIDTH: tl.constexpr = F.value_width  # Triton 3.6 takes no attribute inside a list
+    carry = (maximum, total, tl.zeros([BLOCK_M, WIDTH], tl.float32))
     if F.left:
         carry = _keys(
             carry,
