@@ -19,6 +19,11 @@ def flashattention():
 
 
 @pytest.fixture(scope="module")
+def flashattention2():
+    yield from loaded("flashattention2")
+
+
+@pytest.fixture(scope="module")
 def flashattention3():
     yield from loaded("flashattention3")
 
@@ -92,3 +97,42 @@ def test_without_incoherent_processing_errors_grow(flashattention3):
     errors = flashattention3.measure(256, 1)
     assert errors["float16, FlashAttention"] < errors["float16, standard"] < errors["FP8, both"]
     assert errors["FP8, both"] < errors["FP8, a scale a block alone"]
+
+
+@pytest.mark.slow
+def test_flashattention2_runs(tmp_path):
+    script = [sys.executable, str(REPRODUCTIONS / "flashattention2.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    verdicts = re.findall("PASS|FAIL", run.stdout)
+    assert len(verdicts) == 3, run.stderr
+    assert run.returncode == ("FAIL" in verdicts)
+    assert (tmp_path / "flashattention2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def measured(module, length, fraction=0.8, speedup=1.75):
+    same = lambda x: Quartiles(x, x, x)  # noqa: E731
+    fractions = {panel: same(fraction) for panel in module.PANELS}
+    return module.Length(length, fractions, {"forward": same(speedup), "backward": same(speedup)})
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_fraction_of_the_product_is_judged_at_the_best_length(flashattention2, name):
+    published = flashattention2.PUBLISHED[name]
+    for reached, holds in ((published, True), (published - 0.01, False)):
+        found = [measured(flashattention2, 512, reached), measured(flashattention2, 1024, 0.1)]
+        assert flashattention2.near_the_product(found, name).holds is holds
+
+
+@pytest.mark.parametrize("short, long, holds", [(1.2, 1.8, True), (1.8, 1.6, False)])
+def test_causal_is_judged_at_the_longest_length(flashattention2, short, long, holds):
+    found = [measured(flashattention2, 512, speedup=short), measured(flashattention2, 1024, speedup=long)]
+    assert flashattention2.causal_costs_half(found).holds is holds
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_those_of_flashattention2(flashattention2, device):
+    full, causal, backward, _ = (flashattention2.case(2048, device, *panel) for panel in flashattention2.PANELS)
+    assert causal.operations == pytest.approx(full.operations / 2, rel=1e-3)
+    assert backward.operations == 2.5 * full.operations and backward.alone
+    if device == "cuda":
+        assert full.batch * full.q_len == 16384 and full.heads * full.head_dim == 2048 and full.dtype == "bfloat16"
