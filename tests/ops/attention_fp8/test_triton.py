@@ -102,6 +102,14 @@ def test_a_neighbour_that_is_not_finite_does_not_show():
     assert torch.equal(run((q, k, v), cu_seqlens_q=cu)[0][:9], before[:9])
 
 
+def test_any_strides():
+    tensors = inputs(9, 12, 2, 1, 16, 16)
+    strided = [x.movedim(-1, 0).contiguous().movedim(0, -1) for x in tensors]
+    for incoherent in (True, False):
+        for got, want in zip(run(strided, incoherent=incoherent), run(tensors, incoherent=incoherent), strict=True):
+            assert torch.equal(got, want)
+
+
 # Interpreted, bfloat16 is cut off instead of rounded.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16], ids=str)
 def test_low_precision_in_and_out(dtype):

@@ -49,7 +49,9 @@ def _forward(
         turned = (q, k) if seed is None else (incoherent.rotate(q, seed), incoherent.rotate(k, seed))
         quantized = (quantize(turned[0], of_queries), quantize(turned[1], of_keys), quantize(v, of_keys))
         settings = (left, right, scale, softcap, cu_seqlens_q, cu_seqlens_k)
-        return cast(tuple[Tensor, Tensor], implementation.attention(*quantized, *settings, q.dtype))
+        out, lse = output_like(q, k, v, cu_seqlens_q)
+        implementation.attention(*quantized, *settings, out, lse)
+    return out, lse
 
 
 for _device in ("CPU", "CUDA"):

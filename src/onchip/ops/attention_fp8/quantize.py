@@ -15,7 +15,7 @@ BLOCK = 128
 
 
 class Quantized(NamedTuple):
-    """A tensor in e4m3, `(…, heads, dim)`, and the float32 factor of each of its rows, `(…, heads)`."""
+    """A tensor in e4m3, `(…, heads, dim)`, and the float32 factor of each of its rows, `(…, heads)`; contiguous."""
 
     values: Tensor
     scales: Tensor
@@ -53,7 +53,7 @@ def quantize(x: Tensor, within: Blocks) -> Quantized:
 
     Rounds to nearest, ties to even. An infinity or a NaN turns its block's numbers into NaN.
     """
-    x = x.float()
+    x = x.float().contiguous()
     peaks = x.abs().amax(-1).flatten(0, -2)  # (rows, heads)
     index = within.of_row[:, None].expand_as(peaks)
     block_peaks = peaks.new_zeros(within.bound, peaks.shape[1]).scatter_reduce_(0, index, peaks, "amax")

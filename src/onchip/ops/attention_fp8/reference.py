@@ -35,25 +35,22 @@ def attention(
     softcap: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`out` in `dtype` and `lse`, as `onchip.attention_fp8_with_lse` defines them, of what has been quantised.
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill `out` and `lse`, as `onchip.attention_fp8_with_lse` defines them, of what has been quantised.
 
     `left` and `right` are the window's reach in keys, -1 for unbounded (causal is `right=0`).
     """
-    *rows, heads, _ = q.values.shape
-    out = q.scales.new_zeros(*rows, heads, v.values.shape[-1])
-    lse = q.scales.new_full((heads, *rows) if len(rows) == 1 else (rows[0], heads, rows[1]), -math.inf)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        for b in range(rows[0]):
+        for b in range(q.values.shape[0]):
             parts = [Quantized(x.values[b], x.scales[b]) for x in (q, k, v)]
             _sequence(parts, left, right, scale, softcap, out[b], lse[b])
-        return out.to(dtype), lse
+        return
     sequences_q, sequences_k = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
     for (q0, q1), (k0, k1) in zip(sequences_q, sequences_k, strict=True):
         parts = [Quantized(x.values[a:b], x.scales[a:b]) for x, a, b in ((q, q0, q1), (k, k0, k1), (v, k0, k1))]
         _sequence(parts, left, right, scale, softcap, out[q0:q1], lse[:, q0:q1])
-    return out.to(dtype), lse
 
 
 def _sequence(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from onchip.ops import _triton
 from onchip.ops._triton import Launch
-from onchip.ops.attention.outputs import output_like
 from onchip.ops.attention.triton import schedule, scores, softmax, tiles
 from onchip.ops.attention.triton.arguments import Rows
 from onchip.ops.attention.triton.launches import Call
@@ -73,9 +72,10 @@ def attention(
     softcap: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`out` in `dtype` and `lse`, of what has been quantised."""
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill `out` and `lse`, of what has been quantised."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         lengths = q.values.shape[1], k.values.shape[1]
     else:
@@ -83,11 +83,8 @@ def attention(
     architecture = _triton.architecture(q.values.device)
     settings = (left, right, scale, softcap, None, None, None, cu_seqlens_q, cu_seqlens_k, lengths, architecture)
     call = Call(q.values, k.values, along_keys(v.values), *settings)
-    out = torch.empty((*q.values.shape[:-1], v.values.shape[-1]), dtype=dtype, device=q.values.device)
-    lse = output_like(out, k.values, out, cu_seqlens_q)[1]
     with _triton.on_device_of(out):
         launch(call, q.scales, k.scales, v.scales, out, lse).run()
-    return out, lse
 
 
 def launch(call: Call, q_scales: Tensor, k_scales: Tensor, v_scales: Tensor, out: Tensor, lse: Tensor) -> Launch:
