@@ -15,7 +15,7 @@ from onchip.bench.rows import Row
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-CEILINGS = {"mm": "torch.mm", "read": "read rate"}
+CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,59 @@ LINES = [
 ]
 
 
+@dataclass(frozen=True)
+class Published:
+    """A case that others published in float16 on an H100, in TFLOP/s, and the row that measures it here."""
+
+    work: str
+    where: Mapping[str, object]
+    figures: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
+
+    def line(self, measured: Sequence[Row]) -> str:
+        """In Markdown, with what was measured here, or that nothing was."""
+        where = {"dtype": "bfloat16", "window": None, **self.where}
+        rows = (row for row in measured if all(getattr(row.case, name) == value for name, value in where.items()))
+        row = next(rows, None)
+        cells = [self.work, *("–" if figure is None else f"{figure}" for figure in self.figures)]
+        if row is None:
+            cells += ["not run"] + [""] * len(PEERS) + [""] if measured else ["not run"]
+        else:
+            cells += [_rate(row, name) for name in ("onchip", *PEERS)]
+            cells.append(f"{row.fraction['onchip']:.0%} of {CEILINGS[row.of]}")
+        return f"| {' | '.join(cells)} |"
+
+
+SOURCES = ("FA-2", "Triton tutorial", "cuDNN 9.1", "FA-3")
+PEERS = {"sdpa_flash": "SDPA flash", "sdpa_cudnn": "SDPA cuDNN"}
+LONG = {"q_len": 16384, "k_len": 16384}
+PUBLISHED = [
+    Published("forward, D 128, full", {"suite": "forward", "head_dim": 128, **LONG, **FULL}, (370, 395, 595, 648)),
+    Published("forward, D 128, causal", {"suite": "forward", "head_dim": 128, **LONG, **CAUSAL}, (335, 378, 539, 616)),
+    Published("forward, D 64, full", {"suite": "forward", "head_dim": 64, **LONG, **FULL}, (324, 403, 413, 497)),
+    Published("backward, D 128, full", {"suite": "backward", "head_dim": 128, **LONG, **FULL}, (322, None, 516, 561)),
+    Published("decode, D 128, 32/8 heads, Tk 65536", {"suite": "decode", "head_dim": 128, "k_len": 65536}),
+]
+
+
+def gpu_table(measured: Sequence[Row]) -> str:
+    """The table of one GPU, in Markdown; of no rows, what there is to compare with."""
+    headings = ["GPU, T 16384", *(f"H100: {source}" for source in SOURCES), "onchip"]
+    if measured:
+        headings += [*PEERS.values(), "of the ceiling"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(line.line(measured) for line in PUBLISHED)]
+    about = "No GPU was at hand: nothing was measured on one."
+    if measured:
+        row = max(measured, key=lambda row: row.date)
+        machine = row.machine
+        about = (
+            f"Measured in bfloat16 on an {machine.name}, {row.date}: torch {machine.torch}, Triton {machine.triton},"
+            f" CUDA {machine.cuda}, driver {machine.driver}, commit {machine.commit}."
+        )
+    return "\n".join([*lines, f"\n{about} TFLOP/s, decode in GB/s; the H100's figures are as published, in float16."])
+
+
 def table(measured: Sequence[Row]) -> str:
-    """The table of one machine, in Markdown."""
+    """The table of one machine with a CPU, in Markdown."""
     machine = max((row.machine for row in measured), key=lambda machine: machine.threads)
     mallocs = sorted({row.machine.malloc for row in measured})
     headings = ["work", "against", *(f"speed, malloc {malloc}" for malloc in mallocs), "of the ceiling"]
@@ -94,16 +145,21 @@ def figure(measured: Sequence[Row]) -> str:
 def updated(readme: str, results: Path = RESULTS) -> str:
     """`readme` with what stands between its markers made anew."""
     machines = [rows.read(path) for path in sorted(results.glob("*/attention.jsonl"))]
-    measured = [machine for machine in machines if machine]
+    cpus = [machine for machine in machines if machine and not machine[0].machine.gpu]
+    gpus = [machine for machine in machines if machine and machine[0].machine.gpu]
     parts = {
-        "figure": figure([row for machine in measured for row in machine]),
-        "performance": "\n\n".join(map(table, measured)) or "Not measured yet.",
+        "figure": figure([row for machine in cpus for row in machine]),
+        "performance": "\n\n".join([*map(table, cpus), *map(gpu_table, gpus or [[]])]),
     }
     for name, text in parts.items():
         begin, end = f"<!-- {name}: made by benchmarks/table.py -->\n", f"<!-- end of {name} -->"
         before, rest = readme.split(begin)
         readme = before + begin + text + "\n" + end + rest.split(end)[1]
     return readme
+
+
+def _rate(row: Row, name: str) -> str:
+    return f"{row.rate[name]:.0f}" if name in row.rate else "–"
 
 
 def _range(values: Iterable[float]) -> str:

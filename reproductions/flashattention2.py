@@ -6,10 +6,10 @@ The paper claims, on an A100, whose matrix units peak at 312 TFLOP/s:
   3. A causal mask, which leaves half of the work, lets blocks be skipped: 1.7 to 1.8 times as fast (§3.1.1).
 
 Here each is measured for `onchip.attention` on this machine, and passes or fails by itself. No program reaches the peak
-that a machine has on paper, so the fraction is of what torch.mm reaches in the same dtype in the same rounds: less, which
-makes claims 1 and 2 that much easier to meet. Operations count as in the paper: 4·T²·D for each head forward, half
-where causal, and 2.5 times that backward, whatever a kernel recomputes. The backward pass is timed by itself. float32 on
-a CPU, bfloat16 on a GPU.
+that a machine has on paper, so the fraction is of what torch.mm reaches in the same dtype in the same rounds: less,
+which makes claims 1 and 2 that much easier to meet. Operations count as in the paper: 4·T²·D for each head forward,
+half where causal, and 2.5 times that backward, whatever a kernel recomputes. The backward pass is timed by itself.
+float32 on a CPU, bfloat16 on a GPU.
 
     python reproductions/flashattention2.py             about five minutes on a CPU
     python reproductions/flashattention2.py --quick     short sequences: it runs, and says little
