@@ -87,11 +87,10 @@ def attention_fp8(
         RuntimeError: a gradient is asked for; `onchip.attention` has gradients.
 
     Numerics: e4m3 keeps four significant bits. On normal inputs of which a thousandth is ten times as large
-    (`reproductions/flashattention3.py`) the root mean square error is 9e-3, without incoherent processing
-    2e-2, that of onchip.attention in float16 2e-4. Logits, sums and the log-sum-exp are in
-    float32; the reference's products are exact before they are rounded to it, a tensor core's are summed in somewhat
-    less than float32. A row's result does not depend on the rest of the batch. An infinity or a NaN makes NaN of what
-    shares its block.
+    (`reproductions/flashattention3.py`) the root mean square error is 9e-3, without incoherent processing 2e-2; that of
+    `onchip.attention` in float16 is 2e-4. Logits, sums and the log-sum-exp are in float32. The reference's products are
+    exact before they are rounded to it; a tensor core's are summed in somewhat less than float32. The same bits on
+    every run, and a row's do not depend on the rest of the batch. An infinity or a NaN makes NaN of its block.
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations, half when causal, on a GPU at twice the rate of 16-bit products; one pass
     over q, k and v to round them. On a CPU it is an emulation, several times slower than `onchip.attention`.
     Under autocast, float32 tensors are cast as for `onchip.attention`.

@@ -1,7 +1,8 @@
 """FP8 attention in Triton: attention's own forward kernel with e4m3 operands, their scales, and shifted probabilities.
 
 The tile of keys is the block that shares a scale, as the reference has it; the tile of queries can be any. Q, K and V
-are quantised beforehand, V with its keys side by side: the tensor cores of sm_90 take e4m3 operands only so.
+are quantised beforehand, V with its keys side by side: the tensor cores of sm_90 take e4m3 operands only so. The kernel
+was run in Triton's interpreter and compiled for sm_89, sm_90 and sm_100; on a GPU it has not been run.
 """
 
 from typing import Any, NamedTuple
@@ -50,11 +51,22 @@ class Columns(NamedTuple):
         return cls(x, batch, x.stride(-2), x.stride(-1))
 
 
-def along_keys(x: Tensor) -> Tensor:
-    """A copy of `(…, T, H, D)` with contiguous keys, each head's dimension at an address that is a multiple of 16."""
-    time = x.shape[-3]
-    shape = (*x.shape[:-3], *x.shape[-2:], -(-time // 16) * 16)
-    return torch.empty(shape, dtype=x.dtype, device=x.device)[..., :time].movedim(-1, -3).copy_(x)
+def along_keys(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A copy of `(B, T, H, D)` or `(total, H, D)` with contiguous keys.
+
+    Tiles of keys begin at multiples of 16, or they would be loaded a byte at a time. Packed sequences are moved apart
+    for that: sequence b begins with slot `schedule.slot_of(b)`; nobody reads what is between them.
+    """
+    *batch, time, heads, dim = x.shape
+    if cu_seqlens is None:
+        return x.new_empty(*batch, heads, dim, -(-time // 16) * 16)[..., :time].movedim(-1, -3).copy_(x)
+    sequence = torch.arange(cu_seqlens.shape[0], device=x.device)
+    shift = (cu_seqlens // BLOCK + sequence) * BLOCK - cu_seqlens
+    row = torch.arange(time, device=x.device)
+    moved = row + shift[torch.bucketize(row, cu_seqlens[1:], right=True)]
+    slots = time // BLOCK + cu_seqlens.shape[0]
+    columns = x.new_empty(heads, dim, slots * BLOCK, dtype=torch.uint8).movedim(-1, 0)
+    return columns.index_copy_(0, moved, x.view(torch.uint8)).view(x.dtype)
 
 
 def check_lengths(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -82,7 +94,7 @@ def attention(
         lengths = longest(q.values, k.values, None, cu_seqlens_q, cu_seqlens_k)
     architecture = _triton.architecture(q.values.device)
     settings = (left, right, scale, softcap, None, None, None, cu_seqlens_q, cu_seqlens_k, lengths, architecture)
-    call = Call(q.values, k.values, along_keys(v.values), *settings)
+    call = Call(q.values, k.values, along_keys(v.values, cu_seqlens_k), *settings)
     with _triton.on_device_of(out):
         launch(call, q.scales, k.scales, v.scales, out, lse).run()
 
@@ -141,66 +153,23 @@ def attend(
     q_start = tiles.offsets(q.rows, place.b, time, rows.head)
     q_tile = tiles.load(q.rows, q_start, rows.inside, F.head_dim, F.head_width, True)
     q_scale = tl.load(q.scales.ptr + tiles.offsets(q.scales, place.b, time, rows.head), mask=rows.inside, other=0.0)
+    v_start = place.k_start
+    if sequences is not None:
+        v_start = schedule.slot_of(sequences.cu_k, place.b, 1, BLOCK_N) * BLOCK_N
+    queries, keys = (q_tile, q_scale), (kv_head, v_start)
+
     maximum, total = softmax.begin(terms.sinks, rows.head, True, BLOCK_M)
     WIDTH: tl.constexpr = F.value_width  # Triton 3.6 takes no attribute inside a list
     carry = (maximum, total, tl.zeros([BLOCK_M, WIDTH], tl.float32))
     if F.left:
         carry = _keys(
-            carry,
-            start,
-            whole,
-            q_tile,
-            q_scale,
-            rows,
-            k,
-            v,
-            terms,
-            kv_head,
-            place,
-            window,
-            factors,
-            F,
-            BLOCK_N,
-            True,
-            INTERPRETED,
+            carry, start, whole, queries, keys, rows, k, v, terms, place, window, factors, F, BLOCK_N, True, INTERPRETED
         )
     carry = _keys(
-        carry,
-        whole,
-        ragged,
-        q_tile,
-        q_scale,
-        rows,
-        k,
-        v,
-        terms,
-        kv_head,
-        place,
-        window,
-        factors,
-        F,
-        BLOCK_N,
-        False,
-        INTERPRETED,
+        carry, whole, ragged, queries, keys, rows, k, v, terms, place, window, factors, F, BLOCK_N, False, INTERPRETED
     )
     carry = _keys(
-        carry,
-        ragged,
-        stop,
-        q_tile,
-        q_scale,
-        rows,
-        k,
-        v,
-        terms,
-        kv_head,
-        place,
-        window,
-        factors,
-        F,
-        BLOCK_N,
-        True,
-        INTERPRETED,
+        carry, ragged, stop, queries, keys, rows, k, v, terms, place, window, factors, F, BLOCK_N, True, INTERPRETED
     )
 
     maximum, total, weighted = carry
@@ -212,11 +181,13 @@ def attend(
 
 @triton.jit
 def _keys(
-    carry, start, stop, q_tile, q_scale, rows, k, v, terms, kv_head, place, window, factors,
+    carry, start, stop, queries, keys, rows, k, v, terms, place, window, factors,
     F: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys from start to stop."""
     maximum, total, weighted = carry
+    q_tile, q_scale = queries
+    kv_head, v_start = keys
     if not F.softcap:
         q_scale *= factors.logit
     along = scores.along(rows, terms, 1)
@@ -229,7 +200,7 @@ def _keys(
         products = tl.dot(q_tile, tl.trans(k_tile)) * (q_scale * k_scale)[:, None]
         s = scores.logits(products, along, j[None, :], terms, place, window, factors, F, MASKED)
         p, maximum, total, shrink = softmax.step(maximum, total, s, 1.0)
-        v_tile = _columns(v.rows, place.b, kv_head, place.k_start + j, inside, F, MASKED)
+        v_tile = _columns(v.rows, place.b, kv_head, v_start + j, inside, F, MASKED)
         v_scale = tl.load(v.scales.ptr + tiles.offsets(v.scales, place.b, place.k_start + first, kv_head))
         part = tl.dot(_rounded(p * PEAK, v_tile.dtype, INTERPRETED), tl.trans(v_tile))
         weighted = weighted * shrink[:, None] + part * (v_scale / PEAK)
