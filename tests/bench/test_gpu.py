@@ -1,12 +1,15 @@
 """What a GPU's figures look like, from made-up rows; and, where there is a GPU, from a measurement of small cases."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from onchip.bench import attention, plot_rates, report, rows
+from onchip.bench import attention, plot_rates, report, rows, timing
 from onchip.bench.cases import GPU_SUITES, Case, cases
 from onchip.bench.machine import describe
 from onchip.bench.rows import Row
@@ -48,6 +51,41 @@ def test_rates_are_shown_and_drawn(tmp_path, machine, capsys, monkeypatch):
 def test_a_gpu_is_filed_by_its_name(machine):
     assert machine.gpu and machine.slug == "gpu-1"
     assert not describe("cpu", "default").gpu
+
+
+def test_the_cache_is_flushed_before_the_clock_starts(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    class Flush:
+        def zero_(self):
+            order.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "_flush", lambda device: Flush())
+    call = Candidate(lambda: order.append("call"))
+    times = interleave({"a": call}, torch.device("cuda"), seconds=0.0, min_rounds=2)
+    assert order == ["flush", "event", "call", "event", "wait"] * 4  # one to warm up, one to plan, two rounds
+    assert times == {"a": [0.25, 0.25]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_make_says_in_a_sentence_that_there_is_no_gpu():
+    script = Path(__file__).parents[2] / "benchmarks" / "require_gpu.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.startswith("This needs ") and run.stderr.count("\n") == 1
 
 
 @on_gpu

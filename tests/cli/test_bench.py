@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from onchip.bench import rows
 
@@ -39,3 +40,27 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "taken").write_text("")
     run = bench("--suite", "overhead", "--out", str(tmp_path / "taken"))
     assert run.returncode == 1 and "taken" in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line():
+    run = bench("--device", "cuda")
+    assert run.returncode == 2 and run.stderr == "onchip: --device cuda: PyTorch finds no GPU here\n"
+
+
+@pytest.mark.parametrize("suite", ["bf16", "overhead"])
+def test_what_a_gpu_has_no_suite_for_is_refused(suite):
+    run = bench("--device", "cuda", "--suite", suite)
+    assert run.returncode == 2 and run.stderr.startswith("onchip: --suite must be some of forward, backward, decode,")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpus_rows_table_and_picture(tmp_path):
+    run = bench("--device", "cuda", "--suite", "forward,backward,decode", "--lengths", "1024", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "TFLOP/s" in run.stdout and "copy rate" in run.stdout
+    found = rows.read(tmp_path / "attention.jsonl")
+    assert {row.case.suite for row in found} == {"forward", "backward", "decode"}
+    assert all(row.served_by == "triton" and row.machine.gpu and row.machine.driver for row in found)
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
