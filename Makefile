@@ -59,7 +59,7 @@ clean: ## Remove what was built, the caches and .venv; runs and demo stay
 GPU_PYTHON := $(or $(PYTHON),python3)
 OUT ?= build/gpu
 ON_GPU = PYTHONPATH=$(CURDIR)/build/gpu/site TRITON_CACHE_DIR=$(CURDIR)/build/gpu/triton COLUMNS=140 \
-  timeout -s INT -k 20 500 $(GPU_PYTHON)
+  timeout --foreground -s INT -k 20 500 $(GPU_PYTHON)
 
 .gpu:
 	@$(GPU_PYTHON) benchmarks/require_gpu.py
