@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton"):
     from onchip.bench import tune
     from onchip.bench.tune import Entry, descend, neighbours
     from onchip.ops import _triton
-    from onchip.ops.attention.triton.blocks import WIDTHS, Blocks, blocks
+    from onchip.ops.attention.triton.blocks import Blocks, blocks
     from onchip.ops.attention.triton.launches import DECODE_ROWS
 
 PASSES = ("forward", "decode", "keys", "queries", "bias")
@@ -55,13 +55,13 @@ def test_a_gain_within_the_noise_is_no_reason_to_move():
         assert (best != start) is moves
 
 
-@pytest.mark.parametrize("width", (128, 1024))
+@pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize("of", PASSES)
-def test_the_pass_is_launched_with_the_shape(monkeypatch, of, width):
+def test_the_pass_is_launched_with_the_shape(monkeypatch, of, float32):
     monkeypatch.setattr(_triton, "architecture", lambda device: "sm_90")
-    entry, meta = Entry(of, width), torch.device("meta")
+    entry, meta = Entry(of, 128, float32), torch.device("meta")
     start = entry.start(meta)
-    assert start == blocks("sm_90", of, width)
+    assert start == blocks("sm_90", of, 128, 4 if float32 else 2, terms=False)
     made = tune.launches_of(entry, meta)
     shape = start._replace(rows=32, keys=32, warps=8, stages=5)
     own = made(shape)[0]
@@ -69,7 +69,7 @@ def test_the_pass_is_launched_with_the_shape(monkeypatch, of, width):
     rows_and_keys = [x for x in own.arguments if type(x) is int and x == 32]
     assert len(rows_and_keys) >= 2
     call = tune._call(entry, meta)
-    assert width in WIDTHS and call.q.shape[-1] * call.q.itemsize == width
+    assert call.q.shape[-1] == 128 and call.q.itemsize == (4 if float32 else 2)
     assert (call.longest[0] * call.features.group <= DECODE_ROWS) == (of == "decode")
 
 
@@ -80,13 +80,13 @@ def test_the_tables_own_shape_is_timed(monkeypatch, of):
         pytest.skip(reason)
     for name, value in {"TOKENS": 32, "LENGTH": 32, "WIDTH": 256, "DECODED": 32}.items():
         monkeypatch.setattr(tune, name, value)
-    entry = Entry(of, 1024)  # float32, which the interpreter computes rightly
+    entry = Entry(of, 256, float32=True)  # which the interpreter computes rightly
     assert entry.timer(device, announced.append)(entry.start(device)) > 0
-    assert announced == [f"{of}, 1024 bytes: {entry.start(device)}"]
+    assert announced == [f"{of}, head dim 256: {entry.start(device)}"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("of", [of for of in PASSES if of != "bias"])  # whose tiles are not loaded ahead
 def test_a_shape_with_more_shared_memory_than_there_is_is_passed_over(of):
-    timer = Entry(of, 256).timer(torch.device("cuda"), lambda what: None)
+    timer = Entry(of, 128).timer(torch.device("cuda"), lambda what: None)
     assert timer(Blocks(64, 128, 4, 16)) is None

@@ -19,7 +19,7 @@ def test_without_a_gpu_it_says_so():
     assert run.stderr == "onchip: tune needs a GPU, and PyTorch finds none here\n"
 
 
-@pytest.mark.parametrize("arguments", [("--passes", "sideways"), ("--widths", "100")])
+@pytest.mark.parametrize("arguments", [("--passes", "sideways"), ("--head-dims", "100")])
 def test_bad_input_is_one_line(arguments):
     run = tune(*arguments)
     assert run.returncode == 2 and run.stderr.startswith(f"onchip: {arguments[0]} must be some of")
@@ -29,6 +29,6 @@ def test_bad_input_is_one_line(arguments):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_prints_lines_for_the_source():
-    run = tune("--passes", "decode", "--widths", "256")
+    run = tune("--passes", "decode", "--head-dims", "128")
     assert run.returncode == 0, run.stderr
     assert '    "decode": (Blocks(' in run.stdout

@@ -56,17 +56,24 @@ def descend(start: Blocks, seconds: Timer) -> tuple[Blocks, float]:
 
 
 class Entry(NamedTuple):
-    """An entry of the table: a pass, and the bytes of a padded head."""
+    """An entry of the tables: a pass, a head dim, and whether in float32 or in 16 bits."""
 
     of: Pass
-    head_bytes: int
+    head_dim: int
+    float32: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is timed."""
+        return torch.float32 if self.float32 else torch.bfloat16
 
     def start(self, device: torch.device) -> Blocks:
         """What the table has now."""
-        return blocks(_triton.architecture(device), self.of, self.head_bytes)
+        architecture = _triton.architecture(device)
+        return blocks(architecture, self.of, self.head_dim, self.dtype.itemsize, terms=self.of == "bias")
 
     def __str__(self) -> str:
-        return f"{self.of}, {self.head_bytes} bytes"
+        return f"{self.of}, head dim {self.head_dim}"
 
     def timer(self, device: torch.device, announce: Callable[[str], object]) -> Timer:
         """Times a shape on the pass of this entry, having announced it."""
@@ -116,8 +123,7 @@ class _Shaped(launches.Call):
 
 def _call(entry: Entry, device: torch.device) -> launches.Call:
     """Causal training over `TOKENS`; decoding with 32 heads on 8; where it is asked for, a bias of all pairs."""
-    dtype = torch.bfloat16 if entry.head_bytes <= 512 else torch.float32  # the widest head has 256 elements
-    dim = entry.head_bytes // dtype.itemsize
+    dtype, dim = entry.dtype, entry.head_dim
     queries = keys = (TOKENS // LENGTH, LENGTH, WIDTH // dim, dim)
     if entry.of == "decode":
         queries, keys = (1, 1, 32, dim), (1, DECODED, 8, dim)
@@ -131,7 +137,7 @@ def _call(entry: Entry, device: torch.device) -> launches.Call:
 def table(found: Mapping[Entry, Blocks]) -> str:
     """The entries as `blocks.py` has them, a line for each pass.
 
-    >>> print(table({Entry("forward", 128): Blocks(128, 64, 8, 3), Entry("forward", 256): Blocks(128, 64, 8, 2)}))
+    >>> print(table({Entry("forward", 64): Blocks(128, 64, 8, 3), Entry("forward", 128): Blocks(128, 64, 8, 2)}))
         "forward": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2)),
     """
     lines: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ tune = typer.Typer(
 )
 
 PASSES: tuple["Pass", ...] = ("forward", "decode", "keys", "queries", "bias")
-WIDTHS = ("128", "256", "512", "1024")
+HEAD_DIMS = ("64", "128", "256")
 
 
 @tune.callback()
@@ -28,20 +28,21 @@ def _group() -> None:
 @tune.command()
 def attention(
     passes: Annotated[str, typer.Option(metavar="PASS,…", help="Which kernels.")] = ",".join(PASSES),
-    widths: Annotated[str, typer.Option(metavar="BYTES,…", help="Bytes of a padded head.")] = ",".join(WIDTHS),
+    head_dims: Annotated[str, typer.Option(metavar="D,…", help="For which heads.")] = ",".join(HEAD_DIMS),
+    float32: Annotated[bool, typer.Option("--float32", help="The table of float32; by default bfloat16's.")] = False,
 ) -> None:
     """Time the neighbours of each entry of onchip/ops/attention/triton/blocks.py on this GPU, and print a better table.
 
     From an entry it goes to the fastest of the shapes with rows or keys halved or doubled, 4 or 8 warps, a stage more
-    or less, for as long as that saves 2 %. Shapes that do not compile or do not fit are passed over. Heads of 128, 256
-    and 512 bytes are timed in bfloat16, those of 1024 in float32. All of it takes about an hour, most of it compiling.
+    or less, for as long as that saves 2 %. Shapes that do not compile or do not fit are passed over. All of it takes
+    about an hour, most of it compiling. The table's last column, for terms in logits at head dim 256, is not timed.
 
     The lines printed go into blocks.py; `make budgets` and `make test-gpu` then say whether they hold.
 
-    For example: `onchip tune attention --passes forward,keys --widths 128,256`
+    For example: `onchip tune attention --passes forward,keys --head-dims 64,128`
     """
     chosen = choices("--passes", passes, PASSES)
-    bytes_of_heads = [int(width) for width in choices("--widths", widths, WIDTHS)]
+    dims = [int(dim) for dim in choices("--head-dims", head_dims, HEAD_DIMS)]
 
     import torch
 
@@ -61,7 +62,7 @@ def attention(
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    entries = [Entry(of, width) for of in chosen for width in bytes_of_heads]
+    entries = [Entry(of, dim, float32) for of in chosen for dim in dims]
     found = {}
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
         task = bar.add_task("", total=len(entries))

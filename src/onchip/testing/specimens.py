@@ -47,7 +47,8 @@ def _attention_with_everything(architecture: str, dtype: torch.dtype, dim: int) 
     call = launches.Call(q, k, v, 255, 0, dim**-0.5, 30.0, *terms, starts, starts, (1024, 1024), architecture)
     out, lse = torch.empty_like(q), _float32(16, 4096)
     saved = launches.Saved(torch.empty_like(out), lse, torch.empty_like(lse))
-    return [*launches.attend(call, out, lse), *_backward(call, saved, out, grad_lse=lse, grad_slopes=lse)]
+    grad_bias = launches.bias(call, saved, _float32(1, 16, 1024, 1024), per_query=True, per_key=True)
+    return [*launches.attend(call, out, lse), *_backward(call, saved, out, grad_lse=lse, grad_slopes=lse), grad_bias]
 
 
 def _backward(

@@ -29,7 +29,10 @@ triton = import_module("onchip.ops.attention.triton")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16) if ON_GPU else (F32, F16)  # interpreted, bfloat16 is multiplied wrongly
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, where NaN is wanted
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # NumPy's, where NaN is wanted
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # in the interpreter of Triton 3.6
+]
 
 
 @pytest.fixture(autouse=True)

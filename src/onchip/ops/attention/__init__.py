@@ -62,7 +62,8 @@ def attention(
         q: `(B, Tq, H, D)`, or `(total_q, H, D)` with `cu_seqlens_q`; float64, float32, bfloat16 or float16; any
             strides.
         k: `(B, Tk, Hk, D)` or `(total_k, Hk, D)`; H a multiple of Hk (grouped-query and multi-query attention).
-        v: `(B, Tk, Hk, Dv)` or `(total_k, Hk, Dv)`; Dv may differ from D. Head dims from 1 to 512 run in the kernels.
+        v: `(B, Tk, Hk, Dv)` or `(total_k, Hk, Dv)`; Dv may differ from D. Head dims from 1 to 512 run in the CPU's
+            kernels, to 256 in the GPU's.
         causal: query i sees keys j ≤ p.
         window: `(left, right)`: query i sees keys p - left ≤ j ≤ p + right; None on a side for no limit there.
             With `causal`, right is 0.
@@ -86,10 +87,13 @@ def attention(
         ValueError: shapes, lengths or values that do not fit, naming the argument, what was expected and what came.
         TypeError: dtypes or devices that do not fit.
 
-    Numerics: products and sums accumulate in float32 (float64 for float64); probabilities are never rounded to a 16-bit
-    type. The same bits on every run, and a row's bits do not depend on the rest of the batch.
-    Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward; memory for the output and B·H·Tq
-    log-sum-exps. Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
+    Numerics: products and sums accumulate in float32 (float64 for float64). On a CPU probabilities are never rounded to
+    a 16-bit type; on a GPU they are, before they meet v, as in FlashAttention, and float32 products there are as exact
+    as `torch.set_float32_matmul_precision` asks. The same bits on every run, and a row's bits do not depend on the rest
+    of the batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
+    Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward (3.5 on a GPU, for sums without
+    atomics); memory for the output and B·H·Tq log-sum-exps. Differentiable in q, k, v, bias, alibi_slopes and sinks;
+    twice with `backend="reference"`.
     Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691).

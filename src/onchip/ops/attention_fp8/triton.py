@@ -154,7 +154,7 @@ def attend(
     q_tile = tiles.load(q.rows, q_start, rows.inside, F.head_dim, F.head_width, True)
     q_scale = tl.load(q.scales.ptr + tiles.offsets(q.scales, place.b, time, rows.head), mask=rows.inside, other=0.0)
     v_start = place.k_start
-    if sequences is not None:
+    if sequences.cu_q is not None:
         v_start = schedule.slot_of(sequences.cu_k, place.b, 1, BLOCK_N) * BLOCK_N
     queries, keys = (q_tile, q_scale), (kv_head, v_start)
 

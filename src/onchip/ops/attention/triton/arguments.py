@@ -1,5 +1,7 @@
 """What the kernels are given: tensors as pointers with strides, and what is known when they are compiled.
 
+An absent tensor is a pointer of None: Triton 3.6 cannot compare a tuple with None.
+
 A kernel's rows are the queries of all heads that share a key head: row r is query r // group of head r % group of the
 group. One tile so serves a whole group, which is what fills it in decoding.
 """
@@ -16,10 +18,10 @@ FAR = 1 << 30  # a window's reach beyond any sequence, and positions may be adde
 class Rows(NamedTuple):
     """A `(B, T, H, D)` or `(total, H, D)` tensor whose last dimension is contiguous, or one of `(B, H, T)`."""
 
-    ptr: Any
-    batch: int
-    time: int
-    head: int
+    ptr: Any = None
+    batch: int = 0
+    time: int = 0
+    head: int = 0
 
     @classmethod
     def of(cls, x: Tensor) -> "Rows":
@@ -27,8 +29,10 @@ class Rows(NamedTuple):
         return cls(x, *(x.stride()[:3] if x.ndim == 4 else (0, *x.stride()[:2])))
 
     @classmethod
-    def of_lse(cls, x: Tensor) -> "Rows":
+    def of_lse(cls, x: Tensor | None) -> "Rows":
         """Of a `(B, H, T)` or `(H, total)` tensor."""
+        if x is None:
+            return cls()
         batch, head, time = x.stride() if x.ndim == 3 else (0, *x.stride())
         return cls(x, batch, time, head)
 
@@ -46,15 +50,17 @@ class Parts(NamedTuple):
 class Bias(NamedTuple):
     """The bias; stride 0 where one element serves all."""
 
-    ptr: Any
-    batch: int
-    head: int
-    query: int
-    key: int
+    ptr: Any = None
+    batch: int = 0
+    head: int = 0
+    query: int = 0
+    key: int = 0
 
     @classmethod
-    def of(cls, x: Tensor) -> "Bias":
+    def of(cls, x: Tensor | None) -> "Bias":
         """Of a tensor broadcastable to four dimensions."""
+        if x is None:
+            return cls()
         x = x[(None,) * (4 - x.ndim)]
         return cls(x, *(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)))
 
@@ -62,42 +68,46 @@ class Bias(NamedTuple):
 class Slopes(NamedTuple):
     """ALiBi's slopes, `(B, H)` or, with stride 0, `(H,)`."""
 
-    ptr: Any
-    batch: int
-    head: int
+    ptr: Any = None
+    batch: int = 0
+    head: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> "Slopes":
+        """Of the slopes."""
+        if x is None:
+            return cls()
+        return cls(x, *(x.stride() if x.ndim == 2 else (0, x.stride(0))))
 
 
 class Terms(NamedTuple):
-    """What is added to the logits; None where absent."""
+    """What is added to the logits; a pointer is None where it is absent."""
 
-    bias: Bias | None
-    slopes: Slopes | None
+    bias: Bias
+    slopes: Slopes
     sinks: Any
 
     @classmethod
     def of(cls, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None) -> "Terms":
         """Of the tensors that `onchip.attention` takes."""
-        slopes = None
-        if alibi_slopes is not None:
-            slopes = Slopes(
-                alibi_slopes, *(alibi_slopes.stride() if alibi_slopes.ndim == 2 else (0, alibi_slopes.stride(0)))
-            )
-        return cls(None if bias is None else Bias.of(bias), slopes, None if sinks is None else sinks.contiguous())
+        return cls(Bias.of(bias), Slopes.of(alibi_slopes), None if sinks is None else sinks.contiguous())
 
 
 class Sequences(NamedTuple):
-    """Where packed sequences begin. `steps` halvings find one among them."""
+    """Where packed sequences begin, if they are. `steps` halvings find one among them."""
 
-    cu_q: Any
-    cu_k: Any
-    batch: int
-    steps: int
+    cu_q: Any = None
+    cu_k: Any = None
+    batch: int = 0
+    steps: int = 0
 
     @classmethod
-    def of(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> "Sequences":
+    def of(cls, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> "Sequences":
         """Of the boundaries."""
-        count = cu_seqlens_q.shape[0] - 1
-        return cls(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), count, count.bit_length())
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            return cls()
+        batch = cu_seqlens_q.shape[0] - 1
+        return cls(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), batch, batch.bit_length())
 
 
 class Features(NamedTuple):

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from onchip.ops.attention.triton import schedule, scores, softmax, tiles
+from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.softmax import LN2
 
@@ -15,7 +16,9 @@ def attend(
     v,
     out,
     lse,
-    terms,
+    bias,
+    slopes,
+    sinks,
     sequences,
     slots,
     heads_kv,
@@ -40,7 +43,7 @@ def attend(
     place, tile, exists = schedule.row_tile(slot, slots, sequences, tq, tk, F, BLOCK_M)
     if not exists:
         return
-    window = Window(left, right)
+    window, terms = Window(left, right), Terms(bias, slopes, sinks)
     rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
     time = place.q_start + rows.query
     first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
@@ -52,7 +55,8 @@ def attend(
     q_start = tiles.offsets(q, place.b, time, rows.head)
     q_tile = tiles.load(q, q_start, rows.inside, F.head_dim, F.head_width, True)
     maximum, total = softmax.begin(terms.sinks, rows.head, split == 0, BLOCK_M)
-    carry = (maximum, total, tl.zeros([BLOCK_M, F.value_width], tl.float32))
+    VALUE_WIDTH: tl.constexpr = F.value_width
+    carry = (maximum, total, tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32))
     if F.left:
         carry = _keys(carry, start, whole, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
     carry = _keys(carry, whole, ragged, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, False)
@@ -103,7 +107,8 @@ def combine(parts, parts_lse, out, lse, rows, splits, heads, times, F: tl.conste
     head, time, b = row % heads, row // heads % times, row // heads // times
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK, F.value_width], tl.float32)
+    VALUE_WIDTH: tl.constexpr = F.value_width
+    weighted = tl.zeros([BLOCK, VALUE_WIDTH], tl.float32)
     part_start, lse_start = tiles.offsets(parts, b, time, head), tiles.offsets(parts_lse, b, time, head)
     for _ in range(splits):
         logarithm = tl.load(parts_lse.ptr + lse_start, mask=inside, other=-float("inf"))

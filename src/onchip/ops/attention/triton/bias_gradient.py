@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from onchip.ops.attention.triton import gradients, schedule, scores
+from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "own_batch", "own_heads", "tq", "tk", "left", "right"])
-def bias(
-    q, k, v, grad_out, lse, delta, grad, terms, sequences,
+def grad_bias(
+    q, k, v, grad_out, lse, delta, grad, bias, slopes, sinks, sequences,
     batch, heads, own_batch, own_heads, tq, tk, left, right, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
 ):  # fmt: skip
@@ -33,11 +34,12 @@ def bias(
     else:
         total = tl.zeros([BLOCK_N], tl.float32)
     given = (q, grad_out, lse, delta)
+    window, terms = Window(left, right), Terms(bias, slopes, sinks)
     for other_b in range(tl.where(own_batch == 1, batch, 1)):
         place = schedule.place_of(sequences, own_b + other_b, tq, tk)
         for other_head in range(tl.where(own_heads == 1, heads, 1)):
             total = _head(
-                total, own_head + other_head, first_query, first_key, given, k, v, terms, place, Window(left, right),
+                total, own_head + other_head, first_query, first_key, given, k, v, terms, place, window,
                 factors, F, BLOCK_M, BLOCK_N, PER_QUERY, PER_KEY,
             )  # fmt: skip
     query, key = first_query + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
@@ -66,7 +68,7 @@ def _head(
         rows = scores.rows_of(row, head // F.group, terms, place, F)
         q_tile, grad_tile, lse, delta = gradients.load_rows(given, rows, place, F, True)
         along = scores.along(rows, terms, 1)
-        start, _, _, stop = schedule.keys_seen(
+        start, _whole, _ragged, stop = schedule.keys_seen(
             first, tl.minimum(first + BLOCK_M, stop_query) - 1, place, window, F, BLOCK_N
         )
         if PER_KEY:
@@ -74,7 +76,7 @@ def _head(
         for first_j in range(start, stop, BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)
             k_tile, v_tile = gradients.load_keys(k, v, j, head // F.group, place, F, True)
-            _, _, grad_s = gradients.score_gradient(
+            _products, _p, grad_s = gradients.score_gradient(
                 q_tile, k_tile, grad_tile, v_tile, lse[:, None], delta[:, None],
                 along, j[None, :], terms, place, window, factors, F, True,
             )  # fmt: skip

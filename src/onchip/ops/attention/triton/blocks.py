@@ -1,8 +1,8 @@
 """Tile shapes and launch options per architecture: a short table with reasons, not a search at the first call.
 
-The shapes are the largest that neither spill registers nor outgrow the shared memory; tests/test_budgets.py holds them
-to that. None has been timed on a GPU yet. `onchip tune attention` times the neighbours of each entry on the GPU at hand
-and prints the table for it.
+A shape is the largest found that spills no registers and fits the shared memory, by compiling for the architecture;
+tests/test_budgets.py holds the kernels to that. None has been timed on a GPU yet: `onchip tune attention` times the
+neighbours of each entry on the GPU at hand and prints the table for it.
 """
 
 from typing import Literal, NamedTuple
@@ -19,27 +19,28 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By pass, then by the bytes of a head (the larger of q's and v's, padded): the first column that is wide enough.
-WIDTHS = (128, 256, 512, 1024)
+# Of a pass, by the head dim: the first column that is wide enough. The last is for logits with terms at head dim 256.
+HEAD_DIMS = (64, 128, 256, 512)
 _Table = dict[Pass, tuple[Blocks, Blocks, Blocks, Blocks]]
 
-# 227 KB of shared memory, wgmma: 128 rows are two warpgroups of 64. Keys are loaded two tiles ahead where they fit.
+# 227 KB of shared memory; wgmma wants 64 rows for each of two warpgroups. The gradients of keys and values hold two
+# accumulators and both operands in registers: few rows at a time, at head dim 256 too few for wgmma.
 _SM_90: _Table = {
     "forward": (Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 1)),
     "decode": (Blocks(16, 128, 4, 4), Blocks(16, 128, 4, 3), Blocks(16, 64, 4, 3), Blocks(16, 32, 4, 2)),
-    "keys": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 1), Blocks(16, 32, 4, 1)),
+    "keys": (Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(32, 32, 8, 1), Blocks(16, 32, 4, 1)),
     "queries": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 16, 4, 1)),
     "bias": (Blocks(64, 64, 4, 1), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 16, 4, 1)),
 }
-# 163 KB, mma: accumulators are in registers of 4 or 8 warps, so keys come in tiles of half the size.
+# 163 KB; mma keeps every operand in registers: half the keys.
 _SM_80: _Table = {
-    "forward": (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 2), Blocks(32, 16, 4, 1)),
-    "decode": (Blocks(16, 128, 4, 3), Blocks(16, 128, 4, 2), Blocks(16, 64, 4, 2), Blocks(16, 16, 4, 2)),
-    "keys": (Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
-    "queries": (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    "forward": (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(32, 32, 8, 1)),
+    "decode": (Blocks(16, 128, 4, 3), Blocks(16, 128, 4, 2), Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2)),
+    "keys": (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 1), Blocks(16, 32, 4, 1)),
+    "queries": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
     "bias": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
 }
-# 64 KB, wavefronts of 64 lanes with 512 registers: K and V pass through registers, one tile at a time.
+# 64 KB, and 512 registers for each of a wavefront's 64 lanes: one tile at a time passes through them.
 _GFX9: _Table = {
     "forward": (Blocks(128, 64, 4, 1), Blocks(128, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 16, 4, 1)),
     "decode": (Blocks(16, 64, 4, 1), Blocks(16, 64, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
@@ -47,20 +48,33 @@ _GFX9: _Table = {
     "queries": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
     "bias": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
+# Exact products run on the ordinary units, which hold what they multiply in registers, unpacked.
+_FLOAT32: _Table = {
+    "forward": (Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "decode": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "keys": (Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "queries": (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "bias": (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+}
 _INTERPRETER = Blocks(32, 64, 1, 1)  # several tiles over the few rows that a test can afford
 
 
-def blocks(architecture: str, of: Pass, head_bytes: int) -> Blocks:
-    """The tile for a pass of a call whose padded head is this wide.
+def blocks(architecture: str, of: Pass, head_dim: int, itemsize: int, *, terms: bool) -> Blocks:
+    """The tile for a pass over heads of this dim and elements of this size.
 
-    >>> blocks("sm_90", "forward", 128 * 2)
+    `terms`: whether logits are more than scaled products. What is added takes registers, so their tile is that of heads
+    twice as wide; the bias's gradient has it in its own table already.
+
+    >>> blocks("sm_90", "forward", 128, 2, terms=False)
     Blocks(rows=128, keys=128, warps=8, stages=2)
     """
     if architecture == "interpreter":
         return _INTERPRETER
-    if architecture.startswith("gfx"):
+    if itemsize == 4:
+        table = _FLOAT32
+    elif architecture.startswith("gfx"):
         table = _GFX9
     else:
         table = _SM_90 if architecture in ("sm_90", "sm_100", "sm_103") else _SM_80
-    column = next(n for n, width in enumerate(WIDTHS) if head_bytes <= width)
-    return table[of][column]
+    column = next(n for n, dim in enumerate(HEAD_DIMS) if head_dim <= dim)
+    return table[of][min(column + (terms and of != "bias"), len(HEAD_DIMS) - 1)]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from onchip.ops.attention.triton import schedule, scores, tiles
+from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.scores import LOG2E
 
@@ -28,14 +29,15 @@ def deltas(out, grad_out, grad_lse, delta, rows, heads, times, F: tl.constexpr, 
     grad_start = tiles.offsets(grad_out, b, time, head)
     grad_tile = tiles.load(grad_out, grad_start, inside, F.value_dim, F.value_width, True)
     result = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
-    if grad_lse is not None:
+    if grad_lse.ptr is not None:
         result -= tl.load(grad_lse.ptr + tiles.offsets(grad_lse, b, time, head), mask=inside, other=0.0)
     tl.store(delta.ptr + tiles.offsets(delta, b, time, head), result, mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right"])
 def keys_and_values(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, terms, sequences, slots, heads_kv, tq, tk, left, right, factors,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, bias, slopes, sinks, sequences,
+    slots, heads_kv, tq, tk, left, right, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program computes the gradients of BLOCK_N keys and values, over the rows of the whole group of heads."""
@@ -44,13 +46,15 @@ def keys_and_values(
     place, tile, exists = schedule.key_tile(slot, slots, sequences, tq, tk, BLOCK_N)
     if not exists:
         return
-    window = Window(left, right)
+    window, terms = Window(left, right), Terms(bias, slopes, sinks)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = j < place.tk
     held = load_keys(k, v, j, kv_head, place, F, True)
     last = tl.minimum(tile * BLOCK_N + BLOCK_N - 1, place.tk - 1)
     start, whole, ragged, stop = schedule.rows_seeing(tile * BLOCK_N, last, place, window, F, BLOCK_M)
-    sums = (tl.zeros([BLOCK_N, F.head_width], tl.float32), tl.zeros([BLOCK_N, F.value_width], tl.float32))
+    HEAD_WIDTH: tl.constexpr = F.head_width
+    VALUE_WIDTH: tl.constexpr = F.value_width
+    sums = (tl.zeros([BLOCK_N, HEAD_WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
     given = (q, grad_out, lse, delta)
     if F.right:
         sums = _rows(sums, start, whole, held, j, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
@@ -87,7 +91,8 @@ def _rows(
 
 @triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right"])
 def queries(
-    q, k, v, grad_out, lse, delta, grad_q, grad_slopes, terms, sequences, slots, heads_kv, tq, tk, left, right, factors,
+    q, k, v, grad_out, lse, delta, grad_q, grad_slopes, bias, slopes, sinks, sequences,
+    slots, heads_kv, tq, tk, left, right, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program computes the gradients of BLOCK_M rows, and where asked what each gives to ALiBi's slope."""
@@ -96,13 +101,14 @@ def queries(
     place, tile, exists = schedule.row_tile(slot, slots, sequences, tq, tk, F, BLOCK_M)
     if not exists:
         return
-    window = Window(left, right)
+    window, terms = Window(left, right), Terms(bias, slopes, sinks)
     rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
     held = load_rows((q, grad_out, lse, delta), rows, place, F, True)
     first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
     last = tl.minimum(last, place.tq - 1)
     start, whole, ragged, stop = schedule.keys_seen(first, last, place, window, F, BLOCK_N)
-    sums = (tl.zeros([BLOCK_M, F.head_width], tl.float32), tl.zeros([BLOCK_M], tl.float32))
+    HEAD_WIDTH: tl.constexpr = F.head_width
+    sums = (tl.zeros([BLOCK_M, HEAD_WIDTH], tl.float32), tl.zeros([BLOCK_M], tl.float32))
     rows_along = scores.along(rows, terms, 1)
     if F.left:
         sums = _keys(
@@ -113,7 +119,7 @@ def queries(
     time = place.q_start + rows.query
     start = tiles.offsets(grad_q, place.b, time, rows.head)
     tiles.store(grad_q, start, rows.inside, sums[0] * factors.scale, F.head_dim, F.head_width)
-    if grad_slopes is not None:
+    if grad_slopes.ptr is not None:
         tl.store(grad_slopes.ptr + tiles.offsets(grad_slopes, place.b, time, rows.head), -sums[1], mask=rows.inside)
 
 
@@ -128,11 +134,11 @@ def _keys(
     for first in range(start, stop, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
         k_tile, v_tile = load_keys(k, v, j, kv_head, place, F, MASKED)
-        products, _, grad_s = score_gradient(
+        products, _p, grad_s = score_gradient(
             q_tile, k_tile, grad_tile, v_tile, lse[:, None], delta[:, None],
             rows, j[None, :], terms, place, window, factors, F, MASKED,
         )  # fmt: skip
-        if terms.slopes is not None:
+        if terms.slopes.ptr is not None:
             distances += tl.sum(grad_s * tl.abs(rows.position - j[None, :]).to(tl.float32), 1)
         if F.softcap:
             grad_s *= scores.cap_derivative(products, factors)
@@ -151,8 +157,12 @@ def load_rows(given, rows, place, F: tl.constexpr, CHECKED: tl.constexpr):
     q_start, grad_start = tiles.offsets(q, place.b, time, rows.head), tiles.offsets(grad_out, place.b, time, rows.head)
     q_tile = tiles.load(q, q_start, rows.inside, F.head_dim, F.head_width, CHECKED)
     grad_tile = tiles.load(grad_out, grad_start, rows.inside, F.value_dim, F.value_width, CHECKED)
-    lse_row = tl.load(lse.ptr + tiles.offsets(lse, place.b, time, rows.head), mask=rows.inside, other=-float("inf"))
-    delta_row = tl.load(delta.ptr + tiles.offsets(delta, place.b, time, rows.head), mask=rows.inside, other=0.0)
+    if CHECKED:
+        lse_row = tl.load(lse.ptr + tiles.offsets(lse, place.b, time, rows.head), mask=rows.inside, other=-float("inf"))
+        delta_row = tl.load(delta.ptr + tiles.offsets(delta, place.b, time, rows.head), mask=rows.inside, other=0.0)
+    else:
+        lse_row = tl.load(lse.ptr + tiles.offsets(lse, place.b, time, rows.head))
+        delta_row = tl.load(delta.ptr + tiles.offsets(delta, place.b, time, rows.head))
     return q_tile, grad_tile, tl.where(lse_row == -float("inf"), float("inf"), lse_row * LOG2E), delta_row
 
 

@@ -92,16 +92,16 @@ class Call:
         return Terms.of(self.bias, self.alibi_slopes, self.sinks)
 
     @property
-    def sequences(self) -> Sequences | None:
+    def sequences(self) -> Sequences:
         """Where packed sequences begin."""
-        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
-            return None
         return Sequences.of(self.cu_seqlens_q, self.cu_seqlens_k)
 
     def blocks(self, of: Pass) -> Blocks:
         """The tile of a pass."""
-        width = max(self.features.head_width, self.features.value_width)
-        return blocks(self.architecture, of, width * self.q.itemsize)
+        features = self.features
+        head_dim = max(features.head_dim, features.value_dim)
+        terms = features.softcap or self.bias is not None or self.alibi_slopes is not None
+        return blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms)
 
     def slots(self, x: Tensor, per_time: int, block: int) -> tuple[int, int]:
         """How many tiles the rows of `x` make: of one sequence (of all, where packed), and of all."""
@@ -142,7 +142,7 @@ def _attend(call: Call, out: Rows | Parts, lse: Rows | Parts, splits: int, shape
     slots, all_slots = call.slots(call.q, call.features.group, shape.rows)
     *sizes, factors, features = call.shared
     arguments = (
-        *(Rows.of(x) for x in (call.q, call.k, call.v)), out, lse, call.terms, call.sequences,
+        *(Rows.of(x) for x in (call.q, call.k, call.v)), out, lse, *call.terms, call.sequences,
         slots, call.heads_kv, *sizes, splits, SPLIT_SIZE, factors, features, shape.rows, shape.keys, splits > 1,
     )  # fmt: skip
     return Launch(attend_kernel, (all_slots * call.heads_kv * splits,), arguments, shape.warps, shape.stages)
@@ -150,7 +150,7 @@ def _attend(call: Call, out: Rows | Parts, lse: Rows | Parts, splits: int, shape
 
 def deltas(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
     """What every gradient needs of each row."""
-    views = (Rows.of(out), Rows.of(grad_out), None if grad_lse is None else Rows.of_lse(grad_lse), Rows.of_lse(delta))
+    views = (Rows.of(out), Rows.of(grad_out), Rows.of_lse(grad_lse), Rows.of_lse(delta))
     arguments = (*views, delta.numel(), *_heads_and_times(call), call.features, ROWS)
     return Launch(gradients.deltas, (-(-delta.numel() // ROWS),), arguments)
 
@@ -175,7 +175,7 @@ def keys_and_values(call: Call, saved: Saved, grad_k: Tensor, grad_v: Tensor) ->
     slots, all_slots = call.slots(call.k, 1, shape.keys)
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views, Rows.of(grad_k), Rows.of(grad_v),
-        call.terms, call.sequences, slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
+        *call.terms, call.sequences, slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
     )  # fmt: skip
     return Launch(gradients.keys_and_values, (all_slots * call.heads_kv,), arguments, shape.warps, shape.stages)
 
@@ -186,8 +186,8 @@ def queries(call: Call, saved: Saved, grad_q: Tensor, grad_slopes: Tensor | None
     slots, all_slots = call.slots(call.q, call.features.group, shape.rows)
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views,
-        Rows.of(grad_q), None if grad_slopes is None else Rows.of_lse(grad_slopes),
-        call.terms, call.sequences, slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
+        Rows.of(grad_q), Rows.of_lse(grad_slopes),
+        *call.terms, call.sequences, slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
     )  # fmt: skip
     return Launch(gradients.queries, (all_slots * call.heads_kv,), arguments, shape.warps, shape.stages)
 
@@ -199,10 +199,10 @@ def bias(call: Call, saved: Saved, grad: Tensor, *, per_query: bool, per_key: bo
     tq, tk = call.longest
     tiles = (-(-tq // shape.rows) if per_query else 1) * (-(-tk // shape.keys) if per_key else 1)
     arguments = (
-        *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views, Bias.of(grad), call.terms, call.sequences,
+        *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views, Bias.of(grad), *call.terms, call.sequences,
         call.batch, call.heads, own_batch, own_heads, *call.shared, shape.rows, shape.keys, per_query, per_key,
     )  # fmt: skip
-    return Launch(bias_gradient.bias, (tiles * own_batch * own_heads,), arguments, shape.warps, shape.stages)
+    return Launch(bias_gradient.grad_bias, (tiles * own_batch * own_heads,), arguments, shape.warps, shape.stages)
 
 
 def _heads_and_times(call: Call) -> tuple[int, int]:

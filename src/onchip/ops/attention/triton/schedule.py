@@ -48,7 +48,7 @@ def find(slot, cu, count, steps, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def place_of(sequences, b, tq, tk):
     """Sequence b."""
-    if sequences is None:
+    if sequences.cu_q is None:
         return Place(b, b * 0, b * 0, tq, tk)
     else:
         q_start, q_stop = tl.load(sequences.cu_q + b), tl.load(sequences.cu_q + b + 1)
@@ -62,7 +62,7 @@ def row_tile(slot, slots, sequences, tq, tk, F: tl.constexpr, BLOCK: tl.constexp
 
     Under a causal mask the tiles are handed out from the last, which sees the most keys: none is left for the end.
     """
-    if sequences is None:
+    if sequences.cu_q is None:
         b, tile = slot // slots, slot % slots
     else:
         b, tile = find(slot, sequences.cu_q, sequences.batch, sequences.steps, F.group, BLOCK)
@@ -76,7 +76,7 @@ def row_tile(slot, slots, sequences, tq, tk, F: tl.constexpr, BLOCK: tl.constexp
 @triton.jit
 def key_tile(slot, slots, sequences, tq, tk, BLOCK: tl.constexpr):
     """The same for keys; under a causal mask the first keys are seen by the most queries, and come first."""
-    if sequences is None:
+    if sequences.cu_q is None:
         b, tile = slot // slots, slot % slots
     else:
         b, tile = find(slot, sequences.cu_k, sequences.batch, sequences.steps, 1, BLOCK)

@@ -29,11 +29,11 @@ def rows_of(row, kv_head, terms, place, F: tl.constexpr):
     query, head = row // F.group, kv_head * F.group + row % F.group
     inside = query < place.tq
     slope, bias = 0.0, 0
-    if terms.slopes is not None:
+    if terms.slopes.ptr is not None:
         slope = (
             tl.load(terms.slopes.ptr + place.b * terms.slopes.batch + head * terms.slopes.head).to(tl.float32) * LOG2E
         )
-    if terms.bias is not None:
+    if terms.bias.ptr is not None:
         bias = place.b.to(tl.int64) * terms.bias.batch + head.to(tl.int64) * terms.bias.head
         bias += query.to(tl.int64) * terms.bias.query
     return RowTile(query, query + (place.tk - place.tq), head, inside, slope, bias)
@@ -43,9 +43,9 @@ def rows_of(row, kv_head, terms, place, F: tl.constexpr):
 def along(rows, terms, AXIS: tl.constexpr):
     """The same rows with a new dimension, as `logits` takes them: 1 for (rows, 1), 0 for (1, rows)."""
     slope, bias = rows.slope, rows.bias
-    if terms.slopes is not None:
+    if terms.slopes.ptr is not None:
         slope = tl.expand_dims(slope, AXIS)
-    if terms.bias is not None:
+    if terms.bias.ptr is not None:
         bias = tl.expand_dims(bias, AXIS)
     query, position = tl.expand_dims(rows.query, AXIS), tl.expand_dims(rows.position, AXIS)
     head, inside = tl.expand_dims(rows.head, AXIS), tl.expand_dims(rows.inside, AXIS)
@@ -64,9 +64,9 @@ def logits(products, rows, j, terms, place, window, factors, F: tl.constexpr, MA
         s = products
     else:
         s = products * factors.logit
-    if terms.slopes is not None:
+    if terms.slopes.ptr is not None:
         s -= rows.slope * tl.abs(rows.position - j).to(tl.float32)
-    if terms.bias is not None:
+    if terms.bias.ptr is not None:
         s = _biased(s, rows, j, terms.bias, place)
     if MASKED:
         s = tl.where(_seen(rows.position, j, place.tk, window, F), s, -float("inf"))
