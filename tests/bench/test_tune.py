@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton"):
     from onchip.bench import tune
     from onchip.bench.tune import Entry, descend, neighbours
     from onchip.ops import _triton
-    from onchip.ops.attention.triton.blocks import Blocks, blocks
+    from onchip.ops.attention.triton.blocks import Blocks
     from onchip.ops.attention.triton.launches import DECODE_ROWS
 
 PASSES = ("forward", "decode", "keys", "queries", "bias")
@@ -60,15 +60,14 @@ def test_a_gain_within_the_noise_is_no_reason_to_move():
 def test_the_pass_is_launched_with_the_shape(monkeypatch, of, float32):
     monkeypatch.setattr(_triton, "architecture", lambda device: "sm_90")
     entry, meta = Entry(of, 128, float32), torch.device("meta")
-    start = entry.start(meta)
-    assert start == blocks("sm_90", of, 128, 4 if float32 else 2, terms=False)
+    call, start = tune.call_of(entry, meta), entry.start(meta)
+    assert start == call.blocks(of)
     made = tune.launches_of(entry, meta)
     shape = start._replace(rows=32, keys=32, warps=8, stages=5)
     own = made(shape)[0]
     assert (own.warps, own.stages) == (8, 5)
     rows_and_keys = [x for x in own.arguments if type(x) is int and x == 32]
     assert len(rows_and_keys) >= 2
-    call = tune._call(entry, meta)
     assert call.q.shape[-1] == 128 and call.q.itemsize == (4 if float32 else 2)
     assert (call.longest[0] * call.features.group <= DECODE_ROWS) == (of == "decode")
 

@@ -32,11 +32,13 @@ def attention(folder: Path) -> Path:
             _curves(panel, [row for row in rows if (row.case.suite, row.case.causal, row.case.head_dim) == of])
             panel.set_title(f"{suite}, {'causal' if causal else 'full'}, D {head_dim}", fontsize=10, loc="left")
         line[0].set_ylabel("TFLOP/s")
+    lines = {line.get_label(): line for panel in panels.flat for line in panel.get_lines()}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=len(COLORS) + 1, frameon=False)
     if rows:
         machine, dtypes = rows[0].machine, ", ".join(sorted({row.case.dtype for row in rows}))
         figure.suptitle(
             f"onchip.attention and PyTorch's: {machine.name}, {dtypes}, torch {machine.torch}, triton {machine.triton};"
-            " line: median, band: quartiles; grey: torch.mm",
+            " line: median, band: quartiles",
             fontsize=11, x=0.01, ha="left",
         )  # fmt: skip
     path = folder / "attention.png"
@@ -57,7 +59,7 @@ def _curves(panel: "Axes", rows: Sequence[Row]) -> None:
             panel.fill_between(lengths, slow, fast, color=color, alpha=0.2, linewidth=0)
             panel.plot(lengths, [row.rate[name] for row in line], "o-", color=color, markersize=4, label=NAMES[name])
     lengths = [row.case.q_len for row in rows]
-    panel.plot(lengths, [row.rate["mm"] for row in rows], color=GREY, linewidth=1)
+    panel.plot(lengths, [row.rate["mm"] for row in rows], color=GREY, linewidth=1, label="torch.mm")
     panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [str(length) for length in lengths])
     panel.minorticks_off()
@@ -65,5 +67,3 @@ def _curves(panel: "Axes", rows: Sequence[Row]) -> None:
     panel.set_xlabel("sequence length T")
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(length=3, labelsize=8)
-    if rows:
-        panel.legend(frameon=False, fontsize=7)

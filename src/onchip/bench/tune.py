@@ -12,7 +12,7 @@ from onchip.bench.timing import Candidate, interleave
 from onchip.ops import _triton
 from onchip.ops._triton import Launch
 from onchip.ops.attention.triton import launches
-from onchip.ops.attention.triton.blocks import Blocks, Pass, blocks
+from onchip.ops.attention.triton.blocks import Blocks, Pass
 
 GAIN = 0.02  # a step must save this share of the time: less is within what two measurements differ by
 SMALLEST = 16  # rows and keys: a tile of the matrix units
@@ -69,8 +69,7 @@ class Entry(NamedTuple):
 
     def start(self, device: torch.device) -> Blocks:
         """What the table has now."""
-        architecture = _triton.architecture(device)
-        return blocks(architecture, self.of, self.head_dim, self.dtype.itemsize, terms=self.of == "bias")
+        return call_of(self, device).blocks(self.of)
 
     def __str__(self) -> str:
         return f"{self.of}, head dim {self.head_dim}"
@@ -93,7 +92,7 @@ class Entry(NamedTuple):
 
 def launches_of(entry: Entry, device: torch.device) -> Callable[[Blocks], list[Launch]]:
     """What makes the launches of an entry's pass with a shape of one's own."""
-    call = _call(entry, device)
+    call = call_of(entry, device)
 
     def shaped(shape: Blocks) -> _Shaped:
         return _Shaped(**vars(call), shape=shape)
@@ -121,7 +120,7 @@ class _Shaped(launches.Call):
         return self.shape
 
 
-def _call(entry: Entry, device: torch.device) -> launches.Call:
+def call_of(entry: Entry, device: torch.device) -> launches.Call:
     """Causal training over `TOKENS`; decoding with 32 heads on 8; where it is asked for, a bias of all pairs."""
     dtype, dim = entry.dtype, entry.head_dim
     queries = keys = (TOKENS // LENGTH, LENGTH, WIDTH // dim, dim)

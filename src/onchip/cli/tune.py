@@ -34,8 +34,9 @@ def attention(
     """Time the neighbours of each entry of onchip/ops/attention/triton/blocks.py on this GPU, and print a better table.
 
     From an entry it goes to the fastest of the shapes with rows or keys halved or doubled, 4 or 8 warps, a stage more
-    or less, for as long as that saves 2 %. Shapes that do not compile or do not fit are passed over. All of it takes
-    about an hour, most of it compiling. The table's last column, for terms in logits at head dim 256, is not timed.
+    or less, for as long as that saves 2 %. Shapes that do not compile or do not fit are passed over. Most of
+    the time goes into compiling. The shapes are of a line's first columns; those of "bias", whose logits have terms, of
+    its last.
 
     The lines printed go into blocks.py; `make budgets` and `make test-gpu` then say whether they hold.
 
