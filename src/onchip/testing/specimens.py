@@ -72,6 +72,17 @@ def _decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     return launches.attend(call, torch.empty_like(q), _float32(1, 32, 1))
 
 
+def _fp8(architecture: str, dim: int) -> list[Launch]:
+    """Attention over 4096 causal queries of 16 heads that have been quantised."""
+    from onchip.ops.attention.triton.launches import Call
+    from onchip.ops.attention_fp8 import triton as fp8
+
+    q, k, v = _meta(*[(1, 4096, 16, dim)] * 3, dtype=torch.float8_e4m3fn)
+    settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (4096, 4096), architecture)
+    call, scales = Call(q, k, fp8.along_keys(v, None), *settings), _float32(1, 4096, 16)
+    return [fp8.launch(call, scales, scales, scales, torch.empty_like(q, dtype=torch.bfloat16), _float32(1, 16, 4096))]
+
+
 def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
     from onchip.ops.hadamard import triton as hadamard
 
@@ -99,6 +110,7 @@ SPECIMENS = {
     "attention float16 64": Specimen(partial(_attention, dtype=torch.float16, dim=64), ("sm_80", "sm_90")),
     "attention float32 64": Specimen(partial(_attention, dtype=torch.float32, dim=64), ("sm_80",)),
     "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
+    "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
 }

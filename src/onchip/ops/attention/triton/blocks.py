@@ -38,7 +38,7 @@ _SM_80: _Table = {
     "decode": (Blocks(16, 128, 4, 3), Blocks(16, 128, 4, 2), Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2)),
     "keys": (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 1), Blocks(16, 32, 4, 1)),
     "queries": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
-    "bias": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    "bias": (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
 }
 # 64 KB, and 512 registers for each of a wavefront's 64 lanes: one tile at a time passes through them.
 _GFX9: _Table = {
