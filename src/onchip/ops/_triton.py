@@ -7,6 +7,7 @@ set before the first call), or compiled ahead of time for a GPU that is not ther
 import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -26,6 +27,14 @@ def limits(device: torch.device) -> str | None:
     """Why kernels in Triton cannot run on this device, or None."""
     if missing is not None:
         return missing
+    if (
+        device.type == "cpu"
+        and version("triton") < "3.7"
+        and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4)
+    ):
+        return (
+            f"the interpreter of Triton {version('triton')} needs NumPy before 2.4, and {version('numpy')} is installed"
+        )
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)

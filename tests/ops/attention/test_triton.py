@@ -20,8 +20,9 @@ from .test_gradients import gradients_of_everything
 from .tolerance import assert_same, assert_twice_eager
 
 ON_GPU = torch.cuda.is_available()
-if _triton.missing is not None:
-    pytest.skip(_triton.missing, allow_module_level=True)
+DEVICE = "cuda" if ON_GPU else "cpu"
+if (reason := _triton.limits(torch.device(DEVICE))) is not None:
+    pytest.skip(reason, allow_module_level=True)
 if not ON_GPU and not _triton.interpreted_on():
     pytest.skip("there is no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
@@ -85,7 +86,7 @@ def test_features_in_16_bits(tq, tk, feature, dtype):
     assert_twice_eager(call, "triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else (F16,), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_head_dims(dim, dtype):
     lengths = (300, 400) if ON_GPU else (33, 66)
@@ -96,11 +97,9 @@ def test_head_dims(dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
-@settings(max_examples=100 if ON_GPU else 5)
+@settings(max_examples=5)  # on a GPU each may compile five kernels
 def test_any_call(dtype, data):
-    call = data.draw(cases.calls(dtype) if ON_GPU else cases.short_calls(dtype))
-    if max(call["q"].shape[-1], call["v"].shape[-1]) <= 256:
-        assert_twice_eager(call, "triton")
+    assert_twice_eager(data.draw(cases.short_calls(dtype)), "triton")
 
 
 BIASES = {
@@ -312,9 +311,6 @@ def test_opcheck():
     arguments = [x.requires_grad_() for x in (torch.randn(1, n, 2, 16, device=DEVICE) for n in (5, 7, 7))]
     settings = (-1, 0, 0.25, 0.0, torch.randn(5, 7, device=DEVICE).requires_grad_(), None, None, None, None, "triton")
     torch.library.opcheck(torch.ops.onchip.attention.default, (*arguments, *settings))
-
-
-DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 def test_the_longest_sequence_is_read_once(monkeypatch):

@@ -1,4 +1,11 @@
-"""The forward kernel, which also decodes by splitting the keys, and the kernel that combines what the splits found."""
+"""The forward kernel, which also decodes by splitting the keys, and the kernel that combines what the splits found.
+
+The floor of a logit is 2·(D + Dv) operations of the matrix units and one exp2. At D 128 on an H100 that is 512 of the
+4096 operations, and 1 of the 16 exponentials, that a multiprocessor does in a clock: exponentials cost half of what the
+products cost, and want to overlap them. q and out cross to memory once, k and v once per tile of rows, from the L2
+cache; in decoding the bytes of k and v are the floor. The kernel has been compiled and interpreted, and not run on a
+GPU: where it stands against the floor is not known.
+"""
 
 import triton
 import triton.language as tl

@@ -8,6 +8,8 @@ Each recomputes the probabilities p from the saved log-sum-exp. With
 the gradients are grad_v[j] = Σ_i p[i, j] · grad_out[i], grad_k[j] = scale · Σ_i grad_s[i, j] · q[i] and
 grad_q[i] = scale · Σ_j grad_s[i, j] · k[j], the softcap's derivative times grad_s in the last two. That is 7 matrix
 products a tile where 5 would do if the kernels shared theirs; for it the sums have one order, the same on every run.
+The floor is these products: twice the forward's for keys and values, 1.5 times for queries. The kernels have been
+compiled and interpreted, and not run on a GPU.
 """
 
 import triton
