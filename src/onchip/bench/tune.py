@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ def launches_of(entry: Entry, device: torch.device) -> Callable[[Blocks], list[L
     call = call_of(entry, device)
 
     def shaped(shape: Blocks) -> _Shaped:
-        return _Shaped(**vars(call), shape=shape)
+        return _Shaped(**{field.name: getattr(call, field.name) for field in fields(call)}, shape=shape)
 
     out, lse = torch.empty_like(call.q), torch.zeros(call.batch, call.heads, call.q.shape[1], device=device)
     if entry.of in ("forward", "decode"):

@@ -101,7 +101,7 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
         case.on("cuda") if on_gpu else case,
         lambda **arguments: onchip.attention_with_lse(**arguments, backend=backend),
     )
-    return {name: x.cpu() for name, x in results.items()}
+    return {name: x.cpu() for name, x in results.items()} if on_gpu else results
 
 
 def differentiate(case: Case, attention: Any) -> dict[str, Tensor]:

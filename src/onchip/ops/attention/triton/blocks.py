@@ -63,7 +63,8 @@ def blocks(architecture: str, of: Pass, head_dim: int, itemsize: int, *, terms: 
     """The tile for a pass over heads of this dim and elements of this size.
 
     `terms`: whether logits are more than scaled products. What is added takes registers, so their tile is that of heads
-    twice as wide; the bias's gradient has it in its own table already.
+    twice as wide; the bias's gradient has it in its own table already. So is the tile of heads of 256 where there are
+    99 KB of shared memory and not 163.
 
     >>> blocks("sm_90", "forward", 128, 2, terms=False)
     Blocks(rows=128, keys=128, warps=8, stages=2)
@@ -76,5 +77,6 @@ def blocks(architecture: str, of: Pass, head_dim: int, itemsize: int, *, terms: 
         table = _GFX9
     else:
         table = _SM_90 if architecture in ("sm_90", "sm_100", "sm_103") else _SM_80
+    cramped = table is _SM_80 and head_dim > 128 and architecture not in ("sm_80", "sm_87")
     column = next(n for n, dim in enumerate(HEAD_DIMS) if head_dim <= dim)
-    return table[of][min(column + (terms and of != "bias"), len(HEAD_DIMS) - 1)]
+    return table[of][min(column + ((terms and of != "bias") or cramped), len(HEAD_DIMS) - 1)]

@@ -1,6 +1,7 @@
 """The launches of attention's passes, from tensors: real ones to run, or on "meta" to compile ahead of time."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Call:
         """How many sequences."""
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
-    @property
+    @cached_property
     def features(self) -> Features:
         """What the kernels are compiled for."""
         head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
