@@ -88,16 +88,18 @@ PUBLISHED = [
 
 def gpu_table(measured: Sequence[Row]) -> str:
     """The table of one GPU, in Markdown; of no rows, what there is to compare with."""
+    newest = max(measured, key=lambda row: row.date, default=None)
+    if newest is not None:  # rows of other runs would stand under its commit and versions
+        measured = [row for row in measured if row.machine == newest.machine]
     headings = ["GPU, T 16384", *(f"H100: {source}" for source in SOURCES), "onchip"]
     if measured:
         headings += [*PEERS.values(), "of the ceiling"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(line.line(measured) for line in PUBLISHED)]
     about = "No GPU was at hand: nothing was measured on one."
-    if measured:
-        row = max(measured, key=lambda row: row.date)
-        machine = row.machine
+    if newest is not None:
+        machine = newest.machine
         about = (
-            f"Measured in bfloat16 on an {machine.name}, {row.date}: torch {machine.torch}, Triton {machine.triton},"
+            f"Measured in bfloat16 on an {machine.name}, {newest.date}: torch {machine.torch}, Triton {machine.triton},"
             f" CUDA {machine.cuda}, driver {machine.driver}, commit {machine.commit}."
         )
     return "\n".join([*lines, f"\n{about} TFLOP/s, decode in GB/s; the H100's figures are as published, in float16."])

@@ -74,10 +74,11 @@ def test_the_cache_is_flushed_before_the_clock_starts(monkeypatch):
             order.append("flush")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
     monkeypatch.setattr(timing, "_flush", lambda device: Flush())
     call = Candidate(lambda: order.append("call"))
     times = interleave({"a": call}, torch.device("cuda"), seconds=0.0, min_rounds=2)
-    assert order == ["flush", "event", "call", "event", "wait"] * 4  # one to warm up, one to plan, two rounds
+    assert order == ["flush", "sleep", "event", "call", "event", "wait"] * 4  # one to warm up, one to plan, two rounds
     assert times == {"a": [0.25, 0.25]}
 
 

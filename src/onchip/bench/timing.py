@@ -1,7 +1,7 @@
 """Fair timing: candidates take turns in one process, so that whatever disturbs one disturbs all.
 
-On a GPU a call's time is that of its kernels, between two events. Before each call 1 GB is written: that empties the L2
-cache, and keeps the GPU busy while the host prepares the launches, whose price is so left out.
+On a GPU a call's time is that of its kernels, between two events. Before each call 1 GB is written, which empties the
+L2 cache, and the GPU is kept waiting while the host prepares the launches, whose price is so left out.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+HOST_CYCLES = 4_000_000  # some 2 ms of a GPU's clock, in which the host prepares the launches of a call
 SHORTEST_SAMPLE = 2e-3  # seconds on a CPU; shorter calls are repeated within a sample, or the clock's cost would show
 
 
@@ -97,6 +98,7 @@ def _sample(candidate: Candidate, calls: int, device: torch.device) -> float:
 def _sample_cuda(call: Callable[[], object], device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     _flush(device).zero_()
+    torch.cuda._sleep(HOST_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()

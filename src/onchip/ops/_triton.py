@@ -27,21 +27,23 @@ def limits(device: torch.device) -> str | None:
     """Why kernels in Triton cannot run on this device, or None."""
     if missing is not None:
         return missing
-    if (
-        device.type == "cpu"
-        and version("triton") < "3.7"
-        and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4)
-    ):
-        return (
-            f"the interpreter of Triton {version('triton')} needs NumPy before 2.4, and {version('numpy')} is installed"
-        )
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+    if device.type == "cpu" and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        return f"the interpreter of Triton {version('triton')} needs NumPy before 2.4, and it is {version('numpy')}"
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
+    if torch.version.hip:
+        if architecture(device).startswith("gfx9"):
+            return None
+        return f"of AMD's GPUs it serves gfx9, and the {torch.cuda.get_device_name(device)} is {architecture(device)}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         name = torch.cuda.get_device_name(device)
         return f"it needs compute capability 8.0 (Ampere) or newer, and the {name} has {major}.{minor}"
     return None
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 @functools.cache

@@ -108,6 +108,7 @@ SPECIMENS = {
         partial(_attention, dtype=torch.bfloat16, dim=256), ("sm_80", "sm_90", "gfx942")
     ),
     "attention float16 64": Specimen(partial(_attention, dtype=torch.float16, dim=64), ("sm_80", "sm_90")),
+    "attention float32 128": Specimen(partial(_attention, dtype=torch.float32, dim=128), ("sm_90",)),
     "attention float32 64": Specimen(partial(_attention, dtype=torch.float32, dim=64), ("sm_80",)),
     "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),

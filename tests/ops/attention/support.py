@@ -37,9 +37,9 @@ class Case:
         return replace(self, arguments=cast, grad_out=self.grad_out.to(dtype), grad_lse=self.grad_lse.to(wide))
 
     def on(self, device: str) -> "Case":
-        """The same call on another device."""
-        moved = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in self.arguments.items()}
-        return replace(self, arguments=moved, grad_out=self.grad_out.to(device), grad_lse=self.grad_lse.to(device))
+        """The same call on another device, with the same strides."""
+        moved = {n: _moved(x, device) if isinstance(x, Tensor) else x for n, x in self.arguments.items()}
+        return Case(moved, _moved(self.grad_out, device), _moved(self.grad_lse, device))
 
     def times(self, factor: float) -> "Case":
         """q, k and v multiplied by `factor`."""
@@ -126,6 +126,12 @@ def threads(n: int) -> Iterator[None]:
 
 def floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _moved(x: Tensor, device: str) -> Tensor:
+    """`x` with its strides, and with what its storage holds besides."""
+    elements = x.untyped_storage().nbytes() // x.itemsize
+    return x.detach().as_strided((elements,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _poisoned(x: Tensor, shape: tuple[int, ...]) -> Tensor:

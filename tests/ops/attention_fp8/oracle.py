@@ -32,10 +32,12 @@ def attention(
     right: int = -1,
     softcap: float = 0.0,
     block: int = 128,
+    logit_error: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`out`, `lse`, and how far float32 may lead `out` astray, of one sequence of (values, scales): (T, H, D), (T, H).
+    """`out`, `lse`, and how far arithmetic may lead `out` astray, of a sequence of (values, scales): (T, H, D), (T, H).
 
-    A probability next to the middle of two numbers of e4m3 may be rounded to either: what that changes is the third.
+    `logit_error` is that of the products' sums. A probability next to the middle of two numbers of e4m3 may be rounded
+    to either: what that changes is the third.
     """
     group = q[0].shape[1] // k[0].shape[1]
     wide = [values.double() * scales.double()[..., None] for values, scales in (q, k, v)]
@@ -52,9 +54,9 @@ def attention(
     base = running.masked_fill(running == -math.inf, 0.0)
     p = 256 * (s - base).exp()
     weight = (base - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp() / 256
-    either = (e4m3(p * (1 + 1e-5)) - e4m3(p * (1 - 1e-5))).abs()
+    either = (e4m3(p * (1 + logit_error)) - e4m3(p * (1 - logit_error))).abs()
     out, astray = (
         torch.einsum("hij,jhd->ihd", x * weight, y) for x, y in ((e4m3(p), wide[2]), (either, wide[2].abs()))
     )
     terms = torch.einsum("hij,jhd->ihd", e4m3(p) * weight, wide[2].abs())
-    return out, lse, astray + 1e-5 * terms
+    return out, lse, astray + logit_error * terms

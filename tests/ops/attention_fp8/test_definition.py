@@ -38,7 +38,9 @@ def inputs(tq, tk, heads, kv_heads, dim, value_dim, batch=(2,), dtype=torch.floa
     ]
 
 
-def expected(q, k, v, *, causal=False, window=None, scale=None, softcap=0.0, block_scales=True, incoherent_=True):
+def expected(
+    q, k, v, *, causal=False, window=None, scale=None, softcap=0.0, block_scales=True, incoherent_=True, **more
+):
     """Of one sequence, (T, H, D)."""
     quantized = []
     for x in (q, k, v):
@@ -47,7 +49,7 @@ def expected(q, k, v, *, causal=False, window=None, scale=None, softcap=0.0, blo
         quantized.append((values[0], scales[0]))
     left, right = checks.reach(causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return oracle.attention(*quantized, scale, left=left, right=right, softcap=softcap)
+    return oracle.attention(*quantized, scale, left=left, right=right, softcap=softcap, **more)
 
 
 def check(got, lse, want, want_lse, slack):

@@ -78,7 +78,7 @@ def test_is_the_formula(shape, options):
     q, k, v = inputs(*shape, batch=(1,))
     out, lse = run((q, k, v), **{n.removesuffix("_"): x for n, x in options.items()})
     assert (out.shape, out.dtype) == ((*q.shape[:3], v.shape[-1]), q.dtype)
-    check(out[0], lse[0], *expected(q[0], k[0], v[0], **options))
+    check(out[0], lse[0], *expected(q[0], k[0], v[0], **options, logit_error=2e-3 if ON_GPU else 1e-5))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -88,9 +88,9 @@ def attention(
         TypeError: dtypes or devices that do not fit.
 
     Numerics: products and sums accumulate in float32 (float64 for float64). On a CPU probabilities are never rounded to
-    a 16-bit type; on a GPU they are, before they meet v, as in FlashAttention, and float32 products there are as exact
-    as `torch.set_float32_matmul_precision` asks. The same bits on every run, and a row's bits do not depend on the rest
-    of the batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
+    a 16-bit type; on a GPU they are, before they meet v, as in FlashAttention, and float32 products there are exact
+    unless PyTorch's own may use TF32. The same bits on every run, and a row's bits do not depend on the rest of the
+    batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward (3.5 on a GPU, for sums without
     atomics); memory for the output and B·H·Tq log-sum-exps. Differentiable in q, k, v, bias, alibi_slopes and sinks;
     twice with `backend="reference"`.

@@ -35,6 +35,7 @@ library.define(  # type: ignore[no-untyped-call]
 
 _attention = torch.ops.onchip.attention.default
 _attention_backward = torch.ops.onchip.attention_backward.default
+_ARGUMENTS = len(_attention._schema.arguments)
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -67,8 +68,8 @@ def _kernel(name: str, count: int) -> Callable[..., Any]:
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("attention", _kernel("forward", 13), _device)  # type: ignore[no-untyped-call]
-    library.impl("attention_backward", _kernel("backward", 17), _device)  # type: ignore[no-untyped-call]
+    library.impl("attention", _kernel("forward", _ARGUMENTS), _device)  # type: ignore[no-untyped-call]
+    library.impl("attention_backward", _kernel("backward", 4 + _ARGUMENTS), _device)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("onchip::attention", lib=library)  # type: ignore[untyped-decorator]
@@ -148,7 +149,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *optional = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 13
+            return (None,) * _ARGUMENTS
         needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, ctx.backend)
@@ -199,7 +200,7 @@ def _no_second_derivative() -> None:
 def _attention_autograd(*args: Any) -> Any:
     if _needs_grad(args):
         # The dispatcher leaves defaulted arguments out; autograd.Function wants them all.
-        return _Attention.apply(*args, *(None,) * (13 - len(args)))  # type: ignore[no-untyped-call]
+        return _Attention.apply(*args, *(None,) * (_ARGUMENTS - len(args)))  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return _attention(*args)
 

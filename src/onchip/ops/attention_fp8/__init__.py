@@ -20,11 +20,12 @@ def _triton_limits(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"head dims go to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
     if q.device.type != "cuda" or not torch.cuda.is_available() or _triton.missing is not None:
         return _triton.limits(q.device)
-    name = torch.cuda.get_device_name(q.device)
     if torch.version.hip:
+        name = torch.cuda.get_device_name(q.device)
         return f"it needs NVIDIA's e4m3, and the {name} has another format of eight bits; onchip.attention serves it"
     major, minor = torch.cuda.get_device_capability(q.device)
     if (major, minor) < (8, 9):
+        name = torch.cuda.get_device_name(q.device)
         return (
             f"it needs tensor cores for FP8 (compute capability 8.9 or newer), and the {name} has {major}.{minor}; "
             "onchip.attention is faster there, and more precise"
@@ -92,7 +93,8 @@ def attention_fp8(
     exact before they are rounded to it; a tensor core's are summed in somewhat less than float32. The same bits on
     every run, and a row's do not depend on the rest of the batch. An infinity or a NaN makes NaN of its block.
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations, half when causal, on a GPU at twice the rate of 16-bit products; one pass
-    over q, k and v to round them. On a CPU it is an emulation, several times slower than `onchip.attention`.
+    over q, k and v to round them. Keys are not split: for decoding `onchip.attention` is the better choice. On a CPU it
+    is an emulation, several times slower than `onchip.attention`.
     Under autocast, float32 tensors are cast as for `onchip.attention`.
 
     Source: Shah et al., FlashAttention-3 (arXiv 2407.08608, §3.3). Its released kernel takes tensors in e4m3 and their

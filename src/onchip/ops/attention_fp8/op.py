@@ -40,13 +40,16 @@ def _forward(
     seed: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    in_triton = backend == "triton"
     # Imported late: it brings Triton, for which `import onchip` should not wait.
-    implementation = import_module("onchip.ops.attention_fp8.triton") if backend == "triton" else reference
+    implementation = import_module("onchip.ops.attention_fp8.triton") if in_triton else reference
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         implementation.check_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
     with torch.autocast(q.device.type, enabled=False):  # what follows is in float32 where it says so
         of_queries, of_keys = blocks(q, cu_seqlens_q, block_scales), blocks(k, cu_seqlens_k, block_scales)
-        turned = (q, k) if seed is None else (incoherent.rotate(q, seed), incoherent.rotate(k, seed))
+        turned = [q, k]
+        if seed is not None:
+            turned = [incoherent.rotate(x, seed, None if in_triton else "reference") for x in turned]
         quantized = (quantize(turned[0], of_queries), quantize(turned[1], of_keys), quantize(v, of_keys))
         settings = (left, right, scale, softcap, cu_seqlens_q, cu_seqlens_k)
         out, lse = output_like(q, k, v, cu_seqlens_q)

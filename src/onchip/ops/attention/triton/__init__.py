@@ -46,7 +46,7 @@ def backward(
     saved = Saved(along_time(grad_out), lse, torch.empty_like(lse))
     slopes_by_row = torch.empty_like(lse) if slopes_grad else None
     with _triton.on_device_of(call.q):
-        launches.deltas(call, out, saved.grad_out, grad_lse, saved.delta).run()
+        launches.deltas(call, along_time(out), saved.grad_out, grad_lse, saved.delta).run()
         launches.keys_and_values(call, saved, grad_k, grad_v).run()
         launches.queries(call, saved, grad_q, slopes_by_row).run()
         if bias_grad:

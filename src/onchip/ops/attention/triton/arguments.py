@@ -158,7 +158,7 @@ def padded(dim: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How matrix units multiply float32: as PyTorch's own products are set to (exactly by default)."""
+    """How matrix units multiply float32: exactly, or in TF32 where PyTorch's own products may."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -56,7 +56,8 @@ def attend(
     first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
     seen = schedule.keys_seen(first, tl.minimum(last, place.tq - 1), place, window, F, BLOCK_N)
     if SPLIT:
-        seen = schedule.within(seen, split * split_size, split * split_size + split_size)
+        stop = tl.where(split == splits - 1, place.tk, split * split_size + split_size)  # however long it really is
+        seen = schedule.within(seen, split * split_size, stop)
     start, whole, ragged, stop = seen
 
     q_start = tiles.offsets(q, place.b, time, rows.head)

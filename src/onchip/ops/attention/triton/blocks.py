@@ -1,8 +1,8 @@
 """Tile shapes and launch options per architecture: a short table with reasons, not a search at the first call.
 
 A shape is the largest found that spills no registers and fits the shared memory, by compiling for the architecture;
-tests/test_budgets.py holds the kernels to that. None has been timed on a GPU yet: `onchip tune attention` times the
-neighbours of each entry on the GPU at hand and prints the table for it.
+tests/test_budgets.py holds the kernels of common calls to that. None has been timed on a GPU yet: `onchip tune
+attention` times the neighbours of each entry on the GPU at hand and prints the table for it.
 """
 
 from typing import Literal, NamedTuple
@@ -52,9 +52,9 @@ _GFX9: _Table = {
 _FLOAT32: _Table = {
     "forward": (Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     "decode": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
-    "keys": (Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
-    "queries": (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
-    "bias": (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "keys": (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "queries": (Blocks(32, 32, 4, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "bias": (Blocks(32, 32, 4, 1), Blocks(32, 16, 8, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
 _INTERPRETER = Blocks(32, 64, 1, 1)  # several tiles over the few rows that a test can afford
 

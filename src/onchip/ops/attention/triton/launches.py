@@ -117,10 +117,7 @@ def attend(call: Call, out: Tensor, lse: Tensor) -> list[Launch]:
     """The forward pass. Few rows and many keys are shared out by keys: the parts are combined afterwards."""
     tq, tk = call.longest
     rows = tq * call.features.group
-    shape = call.blocks("forward")
-    if rows <= DECODE_ROWS:
-        shape = call.blocks("decode")
-        shape = shape._replace(rows=max(shape.rows, padded(rows)))
+    shape = call.blocks("decode" if rows <= DECODE_ROWS else "forward")
     splits = -(-tk // SPLIT_SIZE) if rows <= DECODE_ROWS else 1
     if splits <= 1:
         return [_attend(call, Rows.of(out), Rows.of_lse(lse), 1, shape)]

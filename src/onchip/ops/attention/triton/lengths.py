@@ -1,7 +1,8 @@
 """The longest sequence of a packed call, read from the GPU once and not in every layer of a model.
 
 Reading stops the GPU's queue. A model hands the same boundaries to all its layers: what was read is remembered as long
-as the tensor lives unchanged.
+as the tensor lives unchanged. Boundaries made under `torch.inference_mode` do not count their changes and are read each
+time. The lengths decide how the work is shared out, never what is computed.
 """
 
 import torch
@@ -16,7 +17,8 @@ _KNOWN = WeakTensorKeyDictionary()  # boundaries: (their version, the rows they 
 def longest(q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[int, int]:
     """The lengths of the longest sequences of a packed call, after a check of the boundaries.
 
-    Inside the capture of a CUDA graph nothing can be read: the lengths are then bounds.
+    Inside the capture of a CUDA graph nothing can be read: the lengths are then bounds, and packed decoding allots
+    splits as if one sequence had all keys.
     """
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         bounds = [x.shape[0] for x in (q, k)]

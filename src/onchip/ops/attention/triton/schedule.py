@@ -106,7 +106,7 @@ def keys_seen(first, last, place, window, F: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def within(seen, first, last):
-    """What `keys_seen` found, cut to the keys from first to last, which are multiples of its BLOCK."""
+    """What `keys_seen` found, cut to the keys from first to last: multiples of its BLOCK, or the end."""
     start, whole, ragged, stop = seen
     start, stop = tl.maximum(start, first), tl.minimum(stop, last)
     return start, tl.minimum(tl.maximum(whole, first), last), tl.minimum(tl.maximum(ragged, first), last), stop
