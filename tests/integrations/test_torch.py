@@ -132,6 +132,18 @@ def test_low_precision(dtype, kind):
         assert error <= 2 * plains + 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+def test_autocast():
+    leaves = drawn(*[(1, 2, 5, 8)] * 3, dtype=torch.float32)
+    mask = torch.randn(5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (f(*leaves, mask) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    assert got.dtype == want.dtype == torch.bfloat16
+    exact = F.scaled_dot_product_attention(*(x.double() for x in leaves), mask.double())
+    error, theirs = ((x - exact).abs().max() for x in (got, want))
+    assert error <= 2 * theirs + 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert all(x.dtype == torch.float32 for x in torch.autograd.grad(got.sum(), (*leaves, mask)))
+
+
 def spied(monkeypatch):
     """Where onchip's attention notes that it ran."""
     calls, real = [], integration.attention
@@ -267,8 +279,9 @@ X = torch.zeros(1, 2, 3, 8)
         ((X, X, X[:, :, :2]), {}, ValueError, "value key's last but one"),
         ((X.expand(1, 2, 3, 8), X.repeat(1, 2, 1, 1), X), {}, ValueError, "must be broadcastable.*enable_gqa=True"),
         ((X, X.repeat(2, 3, 1, 1), X), {"enable_gqa": True}, ValueError, "v must have k's"),
-        ((X, X, X, torch.ones(4, 3, dtype=torch.bool)), {}, ValueError, r"attn_mask must be .* \(1, 2, 3, 3\)"),
-        ((X, X, X, torch.zeros(5, 1, 1, 3, 3)), {}, ValueError, "attn_mask must be broadcastable"),
+        ((X, X, X, torch.ones(4, 3, dtype=torch.bool)), {}, ValueError, r"attn_mask must .* \(1, 2, 3, 3\)"),
+        ((X, X, X, torch.zeros(5, 1, 1, 3, 3)), {}, ValueError, "attn_mask must .* broadcastable"),
+        ((X, X, X, torch.zeros(3)), {}, ValueError, "attn_mask must have 2 dimensions or more"),
         ((X, X, X, torch.ones(3, 3, dtype=torch.int64)), {}, TypeError, "floating or boolean, got torch.int64"),
         ((X, X, X, 3), {}, TypeError, "attn_mask must be a tensor, got int"),
         ((X, X.half(), X), {}, TypeError, "dtype"),

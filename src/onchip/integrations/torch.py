@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
         # Keys after the last query are seen by none. Then each query's own key lies tq - tk ahead of where a mask that
         # is aligned at the ends puts it.
         k, v = k[:, :tq], v[:, :tq]
-        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :tq]
+        bias = None if bias is None else bias[..., :tq]
         window = (None, max(tq - tk, 0))
     out = attention(q, k, v, causal=ends_together, window=window, scale=scale, bias=bias).transpose(1, 2)
     out = out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])
@@ -205,8 +205,14 @@ def _mask(attn_mask: Tensor, batch: tuple[int, ...], shape: tuple[int, int, int]
         raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
     full = (*batch, *shape)
     missing = len(full) - attn_mask.ndim
-    if missing < 0 or any(n not in (1, m) for n, m in zip(attn_mask.shape, full[missing:], strict=True)):
-        raise ValueError(f"attn_mask must be broadcastable to {full}, got shape {tuple(attn_mask.shape)}")
+    if (
+        attn_mask.ndim < 2
+        or missing < 0
+        or any(n not in (1, m) for n, m in zip(attn_mask.shape, full[missing:], strict=True))
+    ):
+        raise ValueError(
+            f"attn_mask must have 2 dimensions or more, broadcastable to {full}, got shape {tuple(attn_mask.shape)}"
+        )
     if attn_mask.ndim <= 3 or len(batch) == 1:
         return attn_mask
     return attn_mask.expand(*batch, *attn_mask.shape[-3:]).reshape(math.prod(batch), *attn_mask.shape[-3:])
