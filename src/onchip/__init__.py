@@ -9,7 +9,15 @@ torch.Size([1, 128, 4, 32])
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onchip.ops import attention, attention_fp8, attention_fp8_with_lse, attention_with_lse, explain, hadamard
+    from onchip.ops import (
+        attention,
+        attention_fp8,
+        attention_fp8_with_lse,
+        attention_with_lse,
+        explain,
+        hadamard,
+        merge_attention,
+    )
 
 __all__ = [
     "__version__",
@@ -19,6 +27,7 @@ __all__ = [
     "attention_with_lse",
     "explain",
     "hadamard",
+    "merge_attention",
 ]
 __version__ = "0.1.0"
 

@@ -4,5 +4,14 @@ from onchip.ops._select import explain
 from onchip.ops.attention import attention, attention_with_lse
 from onchip.ops.attention_fp8 import attention_fp8, attention_fp8_with_lse
 from onchip.ops.hadamard import hadamard
+from onchip.ops.merge_attention import merge_attention
 
-__all__ = ["attention", "attention_fp8", "attention_fp8_with_lse", "attention_with_lse", "explain", "hadamard"]
+__all__ = [
+    "attention",
+    "attention_fp8",
+    "attention_fp8_with_lse",
+    "attention_with_lse",
+    "explain",
+    "hadamard",
+    "merge_attention",
+]
