@@ -9,13 +9,24 @@ torch.Size([1, 128, 4, 32])
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onchip.ops import attention, attention_fp8, attention_fp8_with_lse, attention_with_lse, explain, hadamard
+    from onchip.ops import (
+        attention,
+        attention_fp8,
+        attention_fp8_with_lse,
+        attention_with_cache,
+        attention_with_cache_and_lse,
+        attention_with_lse,
+        explain,
+        hadamard,
+    )
 
 __all__ = [
     "__version__",
     "attention",
     "attention_fp8",
     "attention_fp8_with_lse",
+    "attention_with_cache",
+    "attention_with_cache_and_lse",
     "attention_with_lse",
     "explain",
     "hadamard",
