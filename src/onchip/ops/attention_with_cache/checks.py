@@ -125,10 +125,10 @@ def check_rotary(q: Tensor, k: Tensor | None, rotary: tuple[Tensor, Tensor], int
             raise TypeError(f"rotary's {name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.device != q.device:
             raise TypeError(f"rotary's {name} must be on q's device {q.device}, got {x.device}")
-        if x.ndim != 2 or x.shape != cos.shape or x.dtype != cos.dtype or 2 * x.shape[1] > q.shape[-1]:
+        if x.ndim != 2 or x.shape != cos.shape or x.dtype != cos.dtype or not 0 < 2 * x.shape[1] <= q.shape[-1]:
             raise ValueError(
-                f"rotary's {name} must have shape (positions, n) and cos's dtype {cos.dtype}, with 2n at most the head "
-                f"dim {q.shape[-1]}, got {tuple(x.shape)} and {x.dtype}"
+                f"rotary's {name} must have shape (positions, n) and cos's dtype {cos.dtype}, 0 < 2n ≤ the head dim "
+                f"{q.shape[-1]}, got {tuple(x.shape)} and {x.dtype}"
             )
 
 
