@@ -9,7 +9,7 @@ import onchip
 from onchip.nn.rotary import RotaryTable, rotate
 from onchip.ops import _native
 
-from ..attention.support import lay_out
+from ..attention.support import lay_out, threads
 from .support import Cached, cached, check, check_cache, run
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -77,10 +77,7 @@ def test_a_prefill(backend):
 @pytest.mark.parametrize("layout", ["heads first", "inside a larger tensor", "every other", "dim outermost"])
 def test_any_strides(backend, layout):
     call = cached([4, 9], 2, page_size=4)
-    changed = {n: lay_out(call[n], layout) for n in ("q", "k", "v")}
-    if backend != "triton" or layout in ("heads first", "inside a larger tensor"):  # it copies others, as it attends
-        changed |= {n: lay_out(call[n], layout) for n in ("k_cache", "v_cache")}
-    changed["block_table"] = lay_out(call["block_table"].T.contiguous().T, "contiguous")
+    changed = {n: lay_out(call[n], layout) for n in ("q", "k", "v", "k_cache", "v_cache")}
     check(Cached(call.arguments | changed, call.keys, call.values), backend)
     strided = call["block_table"].T.contiguous().T
     check(Cached(call.arguments | {"block_table": strided}, call.keys, call.values), backend)
@@ -168,6 +165,23 @@ def _turned(x, turns, interleaved):
     if not interleaved:
         first = torch.cat([first[..., ::2], first[..., 1::2]], -1)
     return torch.cat([first, x[..., n:]], -1)
+
+
+@pytest.mark.skipif(_native.missing is not None, reason="the native kernels are not installed")
+@pytest.mark.parametrize("tq", [1, 200])
+def test_bits_depend_neither_on_pages_nor_on_the_batch_nor_on_threads(tq):
+    call = cached([700, 3, 65], tq, page_size=16, heads=(8, 4), dims=(32, 32), rotary=(torch.rand(900, 8),) * 2)
+    call = Cached(call.arguments | {n: call[n].nan_to_num() for n in ("k_cache", "v_cache")}, call.keys, call.values)
+    want = run(call, "cpu")
+    with threads(4):
+        assert all(map(torch.equal, run(call, "cpu"), want))
+    pages = call["block_table"].clamp(0, len(call["k_cache"]) - 1).long()
+    contiguous = {n: call[n][pages].flatten(1, 2) for n in ("k_cache", "v_cache")} | {"block_table": None}
+    assert all(map(torch.equal, run(Cached(call.arguments | contiguous, [], []), "cpu")[:2], want))
+    for b in range(3):
+        row = {n: call[n][b : b + 1] for n in ("q", "k", "v", "cache_seqlens", "block_table")}
+        alone = run(Cached(call.arguments | row, [], []), "cpu")[:2]
+        assert all(torch.equal(x, y[b : b + 1]) for x, y in zip(alone, want, strict=False))
 
 
 @st.composite

@@ -84,7 +84,8 @@ def attention_with_cache(
     Numerics: as `onchip.attention`; keys and queries are turned in float32 (float64 for float64) and rounded once.
     Under autocast q, k and v take the cache's dtype.
     Cost: 2·H·Tq·(D + Dv) operations for each key of each row; k_cache and v_cache are read once up to each row's
-    length, which in decoding is all the time there is, and pages cost one look at the table each.
+    length, which in decoding is all the time there is, and pages cost one look at the table each. On a GPU a cache
+    whose last dimension is not contiguous is copied in every call.
 
     Source: Kwon et al., PagedAttention (arXiv 2309.06180); Dao, flash-attention's `flash_attn_with_kvcache`, whose
     rotary positions these are. Here pages may have any size, and what the table and the lengths say is checked.

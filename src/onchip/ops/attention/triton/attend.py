@@ -65,9 +65,15 @@ def attend(
     VALUE_WIDTH: tl.constexpr = F.value_width
     carry = (maximum, total, tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32))
     if F.left:
-        carry = _keys(carry, start, whole, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
-    carry = _keys(carry, whole, ragged, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, False)
-    carry = _keys(carry, ragged, stop, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
+        carry = _keys(
+            carry, start, whole, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, True
+        )
+    carry = _keys(
+        carry, whole, ragged, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, False
+    )
+    carry = _keys(
+        carry, ragged, stop, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, True
+    )
 
     maximum, total, weighted = carry
     share, logarithm = softmax.finish(maximum, total)
@@ -83,7 +89,7 @@ def attend(
 
 @triton.jit
 def _keys(
-    carry, start, stop, q_tile, rows, k, v, terms, kv_head, place, window, factors,
+    carry, start, stop, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors,
     F: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys from start to stop."""
@@ -95,7 +101,7 @@ def _keys(
     for first in range(start, stop, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
         inside = j < place.tk
-        b, time = pages.find(place, j, inside)
+        b, time = pages.find(sequences, place, j, inside)
         k_start = tiles.offsets(k, b, time, kv_head)
         k_tile = tiles.load(k, k_start, inside, F.head_dim, F.head_width, MASKED)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)

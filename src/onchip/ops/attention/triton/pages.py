@@ -5,11 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def find(place, j, inside):
+def find(sequences, place, j, inside):
     """(batch, time) of the keys j of a sequence, as `tiles.offsets` takes them; of a key not `inside`, of any page."""
     key = place.k_start + j
-    if place.table is None:
+    if sequences.table is None:
         return place.b, key
     else:
-        page = tl.load(place.table + key // place.page_size, mask=inside, other=0)
-        return page, key % place.page_size
+        line = sequences.table + place.b.to(tl.int64) * sequences.line
+        return tl.load(line + key // sequences.page_size, mask=inside, other=0), key % sequences.page_size

@@ -7,18 +7,13 @@ import triton.language as tl
 
 
 class Place(NamedTuple):
-    """A sequence: its number, where it begins among the queries and the keys, and how long it is.
-
-    In a cache of pages, also its line of the page table.
-    """
+    """A sequence: its number, where it begins among the queries and the keys, and how long it is."""
 
     b: Any
     q_start: Any
     k_start: Any
     tq: Any
     tk: Any
-    table: Any
-    page_size: Any
 
 
 class Window(NamedTuple):
@@ -54,18 +49,16 @@ def find(slot, cu, count, steps, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 def place_of(sequences, b, tq, tk):
     """Sequence b."""
     if sequences.ends is not None:
-        stop, k_start, table = tl.load(sequences.ends + b).to(tl.int32), b * 0, None
+        stop, k_start = tl.load(sequences.ends + b).to(tl.int32), b * 0
         if sequences.starts is not None:
             k_start = tl.load(sequences.starts + b).to(tl.int32)
-        if sequences.table is not None:
-            table = sequences.table + b.to(tl.int64) * sequences.line
-        return Place(b, b * 0, k_start, tq, stop - k_start, table, sequences.page_size)
+        return Place(b, b * 0, k_start, tq, stop - k_start)
     elif sequences.cu_q is None:
-        return Place(b, b * 0, b * 0, tq, tk, None, 0)
+        return Place(b, b * 0, b * 0, tq, tk)
     else:
         q_start, q_stop = tl.load(sequences.cu_q + b), tl.load(sequences.cu_q + b + 1)
         k_start, k_stop = tl.load(sequences.cu_k + b), tl.load(sequences.cu_k + b + 1)
-        return Place(b, q_start, k_start, (q_stop - q_start).to(tl.int32), (k_stop - k_start).to(tl.int32), None, 0)
+        return Place(b, q_start, k_start, (q_stop - q_start).to(tl.int32), (k_stop - k_start).to(tl.int32))
 
 
 @triton.jit
