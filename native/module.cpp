@@ -142,7 +142,8 @@ void attention_with_cache(const Sizes& sizes, double scale, double softcap, cons
     }
     p.pages = {reinterpret_cast<const int32_t*>(paged[0]), paged[1], paged[2]};
     const auto& [n, x] = appended;
-    const attention::Append a{tensor(x[0]), tensor(x[1]), n[0], tensor(x[2]), tensor(x[3]), tensor(x[4]), n[1], n[2] != 0, n[3] != 0};
+    const attention::Append a{tensor(x[0]), tensor(x[1]), n[0],      tensor(x[2]), tensor(x[3]),
+                              tensor(x[4]), n[1],         n[2] != 0, n[3] != 0};
     nb::gil_scoped_release release;
     chosen.attention.append(p, a);
     chosen.attention.forward(p);

@@ -10,7 +10,8 @@
 //
 // Where it stands, 32 heads on 8 key heads, D 128, Tk 32768: one core reads 9 GB/s in float32 and 7 in bfloat16, two
 // cores half of what they can read. It is the arithmetic: four rows a key cost 0.22 ns an element also in cache, which
-// is 18 and 9 GB/s. With one row a key (8 heads on 8) one core reads 15 GB/s.
+// is 18 and 9 GB/s. With one row a key (8 heads on 8) one core reads 15 GB/s. Pages of 16 keys in random order are read
+// at 0.90 to 0.99 of the rate of keys in one piece, single keys at 0.87.
 #pragma once
 
 #include "common/gemm.hpp"
