@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -125,6 +126,29 @@ void attention_backward(const Sizes& sizes, double scale, double softcap, const 
     chosen.attention.backward(p, g);
 }
 
+// Which row of a batch holds which keys of a cache: where each row's begin and how many there are, the appended ones
+// among them; and where the cache lies in pages (address of the table, entries of a row, keys of a page).
+using Cached = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
+using Paged = std::array<int64_t, 3>;
+// (appended keys of a row, pairs of features that are turned, interleaved, in order), and k, v, q, cos and sin.
+using Appended = std::pair<std::array<int64_t, 4>, std::array<std::optional<Described>, 5>>;
+
+void attention_with_cache(const Sizes& sizes, double scale, double softcap, const Cached& cached, const Paged& paged,
+                          const Appended& appended, const Tensors& tensors) {
+    attention::Problem p = problem(sizes, scale, softcap, {}, {}, tensors);
+    for (attention::Sequence& s : p.sequences) {
+        s.k_start = cached.first[s.index];
+        s.k_length = cached.second[s.index];
+    }
+    p.pages = {reinterpret_cast<const int32_t*>(paged[0]), paged[1], paged[2]};
+    const auto& [n, x] = appended;
+    const attention::Append a{tensor(x[0]), tensor(x[1]), n[0],      tensor(x[2]), tensor(x[3]),
+                              tensor(x[4]), n[1],         n[2] != 0, n[3] != 0};
+    nb::gil_scoped_release release;
+    chosen.attention.append(p, a);
+    chosen.attention.forward(p);
+}
+
 // Sizes are (a, b, c, n, threads): three leading dimensions and the transform's.
 void hadamard_transform(const std::array<int64_t, 5>& sizes, double scale,
                         const std::array<std::optional<Described>, 4>& tensors) {
@@ -144,5 +168,6 @@ NB_MODULE(_native, m) {
     m.def("poison_scratch", poison_scratch, "Fill working memory with NaNs before every use; for tests.");
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
+    m.def("attention_with_cache", attention_with_cache);
     m.def("hadamard_transform", hadamard_transform);
 }

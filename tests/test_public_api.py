@@ -28,6 +28,7 @@ FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction
 def test_the_main_names_are_public():
     assert {"onchip.attention", "onchip.attention_with_lse", "onchip.explain", "onchip.hadamard"} <= FUNCTIONS.keys()
     assert {"onchip.attention_fp8", "onchip.attention_fp8_with_lse"} <= FUNCTIONS.keys()
+    assert {"onchip.attention_with_cache", "onchip.attention_with_cache_and_lse"} <= FUNCTIONS.keys()
     assert {"onchip.models.LanguageModel", "onchip.nn.mixers.Attention", "onchip.training.Trainer"} <= PUBLIC.keys()
 
 

@@ -39,9 +39,9 @@ public:
     }
 
     void pack(const Sequence& s, int64_t kv_head, int64_t begin, int64_t end) {
-        read_keys(p_.k, s, kv_head, begin, end, p_.head_dim, k_rows_, q_pitch);
+        read_keys(p_, p_.k, s, kv_head, begin, end, p_.head_dim, k_rows_, q_pitch);
         pack_transposed(k_panels_, k_rows_, q_pitch, end - begin, p_.head_dim);
-        read_keys(p_.v, s, kv_head, begin, end, p_.value_dim, v_rows_, o_pitch);
+        read_keys(p_, p_.v, s, kv_head, begin, end, p_.value_dim, v_rows_, o_pitch);
         pack_transposed(v_panels_, v_rows_, o_pitch, end - begin, p_.value_dim);
     }
 

@@ -10,7 +10,8 @@
 //
 // Where it stands, 32 heads on 8 key heads, D 128, Tk 32768: one core reads 9 GB/s in float32 and 7 in bfloat16, two
 // cores half of what they can read. It is the arithmetic: four rows a key cost 0.22 ns an element also in cache, which
-// is 18 and 9 GB/s. With one row a key (8 heads on 8) one core reads 15 GB/s.
+// is 18 and 9 GB/s. With one row a key (8 heads on 8) one core reads 15 GB/s. Pages of 16 keys in random order are read
+// at 0.90 to 0.99 of the rate of keys in one piece, single keys at 0.87.
 #pragma once
 
 #include "common/gemm.hpp"
@@ -148,12 +149,14 @@ private:
     // s[row][key] = q[row] · k[key]
     void dots(const Sequence& s, Range heads, Range keys) {
         LaneSums<T> sums;
-        for (int64_t key = keys.begin; key < keys.end; ++key) {
+        KeyWalk here(p_, p_.k, s, heads.begin, keys.begin), later = ahead(p_.k, s, heads, keys);
+        for (int64_t key = keys.begin; key < keys.end; ++key, here.next(), later.next()) {
             T* to = s_ + (key - keys.begin);
             const T* q = q_;
             for (int64_t h = heads.begin; h < heads.end; ++h) {
-                const S* const k = reinterpret_cast<const S*>(key_row(p_.k, s, h, key));
-                announce(p_.k, k, p_.head_dim);
+                const int64_t head = (h - heads.begin) * p_.k.strides[2];
+                const S* const k = reinterpret_cast<const S*>(here.row()) + head;
+                announce(reinterpret_cast<const S*>(later.row()) + head, p_.head_dim);
                 for (int64_t r = 0; r < rows_; r += 4) {
                     const int count = int(std::min<int64_t>(4, rows_ - r));
                     with_rows(count, [&](auto rows) { dot<decltype(rows)::value>(q, k, to, sums); });
@@ -213,15 +216,19 @@ private:
 
     // out[row] += Σ_key s[row][key] · v[key], two keys at a time, as every sum is stored each time.
     void values(const Sequence& s, Range heads, Range keys, T* out) {
+        KeyWalk here(p_, p_.v, s, heads.begin, keys.begin), later = ahead(p_.v, s, heads, keys);
         for (int64_t key = keys.begin; key < keys.end; key += 2) {
             const bool pair = key + 1 < keys.end;
+            const char* const rows[] = {next_row(here), pair ? next_row(here) : nullptr};
+            const char* const announced[] = {next_row(later), next_row(later)};
             const T* weight = s_ + (key - keys.begin);
             T* to = out;
             for (int64_t h = heads.begin; h < heads.end; ++h) {
-                const S* const v0 = reinterpret_cast<const S*>(key_row(p_.v, s, h, key));
-                const S* const v1 = pair ? reinterpret_cast<const S*>(key_row(p_.v, s, h, key + 1)) : v0;
-                announce(p_.v, v0, p_.value_dim);
-                announce(p_.v, v1, p_.value_dim);
+                const int64_t head = (h - heads.begin) * p_.v.strides[2];
+                const S* const v0 = reinterpret_cast<const S*>(rows[0]) + head;
+                const S* const v1 = pair ? reinterpret_cast<const S*>(rows[1]) + head : v0;
+                announce(reinterpret_cast<const S*>(announced[0]) + head, p_.value_dim);
+                announce(reinterpret_cast<const S*>(announced[1]) + head, p_.value_dim);
                 for (int64_t r = 0; r < rows_; r += 4) {
                     const int count = int(std::min<int64_t>(4, rows_ - r));
                     with_rows(count, [&](auto rows) { add_values<decltype(rows)::value>(weight, pair, v0, v1, to); });
@@ -248,9 +255,17 @@ private:
         }
     }
 
-    // Fetches the row of the same head some keys further on.
-    void announce(const Tensor& x, const S* row, int64_t dim) const {
-        const char* const at = reinterpret_cast<const char*>(row + ahead_ * x.strides[1]);
+    // Some keys further on, where there are any.
+    KeyWalk ahead(const Tensor& x, const Sequence& s, Range heads, Range keys) const {
+        return KeyWalk(p_, x, s, heads.begin, std::min(keys.begin + ahead_, s.k_length - 1));
+    }
+    static const char* next_row(KeyWalk& walk) {
+        const char* const row = walk.row();
+        walk.next();
+        return row;
+    }
+    static void announce(const S* row, int64_t dim) {
+        const char* const at = reinterpret_cast<const char*>(row);
         for (int64_t byte = 0; byte < dim * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(at + byte);
     }
 

@@ -83,9 +83,9 @@ public:
 
 private:
     void pack(const Sequence& s, int64_t kv_head, int64_t begin, int64_t end) {
-        read_keys(p_.k, s, kv_head, begin, end, p_.head_dim, k_rows_, q_pitch_);
+        read_keys(p_, p_.k, s, kv_head, begin, end, p_.head_dim, k_rows_, q_pitch_);
         pack_transposed(k_panels_, k_rows_, q_pitch_, end - begin, p_.head_dim);
-        read_keys(p_.v, s, kv_head, begin, end, p_.value_dim, v_rows_, o_pitch_);
+        read_keys(p_, p_.v, s, kv_head, begin, end, p_.value_dim, v_rows_, o_pitch_);
     }
 
     // One block of rows against the packed tile of keys that begins at `first`.

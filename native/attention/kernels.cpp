@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "append.hpp"
 #include "backward_pass.hpp"
 #include "decode.hpp"
 
@@ -82,9 +83,17 @@ void backward(const Problem& p, const Gradients& g) {
     }
 }
 
+void append(const Problem& p, const Append& a) {
+    if (p.double_precision()) {
+        append_tokens<double>(p, a);
+    } else {
+        append_tokens<float>(p, a);
+    }
+}
+
 }  // namespace
 
 extern const attention::Kernels attention_kernels;
-const attention::Kernels attention_kernels{forward, backward};
+const attention::Kernels attention_kernels{forward, backward, append};
 
 }  // namespace onchip::ONCHIP_ISA

@@ -21,6 +21,13 @@ struct Sequence {
     int64_t index;  // in the batch, packed or not
 };
 
+// A cache whose keys lie in pages: `table` names, for each sequence, the pages of its keys in order, `row` entries
+// further for the next sequence. Page n is entry n of the first dimension of k and v. No table: no pages.
+struct Pages {
+    const int32_t* table = nullptr;
+    int64_t row = 0, size = 0;  // size: keys of a page
+};
+
 struct Problem {
     std::vector<Sequence> sequences;
     int64_t heads, kv_heads, group, head_dim, value_dim;  // group: heads / kv_heads
@@ -31,6 +38,7 @@ struct Problem {
     Tensor slopes;        // (batch, heads) in the type of the arithmetic
     Tensor sinks;         // (heads) in the type of the arithmetic
     Tensor out, lse;      // lse: (batch, heads, time) in the type of the arithmetic
+    Pages pages;          // of k and v; for the forward pass
     int threads;
 
     // A row's query and its head in the group. Most often the group is one head, and a division by a variable costs as
@@ -48,6 +56,18 @@ struct Gradients {
     Tensor slopes, sinks;           // optional, (batch, heads) in double: one entry per sequence and head
 };
 
+// What a call adds to its cache before it attends: the last `count` keys of each sequence come from here. Pairs of the
+// keys' features, and of the queries', are turned by the angle of their position in the cache.
+struct Append {
+    Tensor k, v;        // (batch, count, heads, dim); optional
+    int64_t count = 0;  // of each sequence
+    Tensor q;           // the queries before they are turned, into the problem's q
+    Tensor cos, sin;    // (positions, pairs); optional, and without them nothing is turned
+    int64_t pairs = 0;
+    bool interleaved = true;  // a pair is two neighbours, not features i and i + pairs
+    bool in_order = true;     // query i stands i positions after the first appended key, not beside it
+};
+
 // The keys that query i of a sequence sees: [begin, end), ascending with i in both ends.
 struct Reach {
     int64_t shift, keys, left, right;
@@ -63,6 +83,7 @@ struct Reach {
 struct Kernels {
     void (*forward)(const Problem&);
     void (*backward)(const Problem&, const Gradients&);
+    void (*append)(const Problem&, const Append&);
 };
 
 }  // namespace onchip::attention

@@ -3,6 +3,7 @@
 from onchip.ops._select import explain
 from onchip.ops.attention import attention, attention_with_lse
 from onchip.ops.attention_fp8 import attention_fp8, attention_fp8_with_lse
+from onchip.ops.attention_with_cache import attention_with_cache, attention_with_cache_and_lse
 from onchip.ops.hadamard import hadamard
 from onchip.ops.merge_attention import merge_attention
 
@@ -10,6 +11,8 @@ __all__ = [
     "attention",
     "attention_fp8",
     "attention_fp8_with_lse",
+    "attention_with_cache",
+    "attention_with_cache_and_lse",
     "attention_with_lse",
     "explain",
     "hadamard",

@@ -72,6 +72,18 @@ def _decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     return launches.attend(call, torch.empty_like(q), _float32(1, 32, 1))
 
 
+def _paged_decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """The same over pages of 16 keys, for rows of different lengths: the pass over splits."""
+    from onchip.ops.attention.triton import launches
+    from onchip.ops.attention_with_cache.triton import CachedCall
+
+    q, k, v = _meta((8, 1, 32, dim), (4096, 16, 8, dim), (4096, 16, 8, dim), dtype=dtype)
+    ends, table = _meta((8,), (8, 4096), dtype=torch.int32)
+    settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (1, 65536), architecture)
+    call = CachedCall(q, k, v, *settings, ends, None, table)
+    return launches.attend(call, torch.empty_like(q), _float32(8, 32, 1))[:1]
+
+
 def _fp8(architecture: str, dim: int) -> list[Launch]:
     """Attention over 4096 causal queries of 16 heads that have been quantised."""
     from onchip.ops.attention.triton.launches import Call
@@ -111,6 +123,7 @@ SPECIMENS = {
     "attention float32 128": Specimen(partial(_attention, dtype=torch.float32, dim=128), ("sm_90",)),
     "attention float32 64": Specimen(partial(_attention, dtype=torch.float32, dim=64), ("sm_80",)),
     "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
+    "paged decoding bfloat16 128": Specimen(partial(_paged_decoding, dtype=torch.bfloat16, dim=128)),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),

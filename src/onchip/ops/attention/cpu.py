@@ -43,7 +43,7 @@ def forward(
     """The op on the CPU."""
     starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
     out, lse = output_like(q, k, v, cu_seqlens_q)
-    tensors, _kept = _describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
+    tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
     _native.kernels.attention_forward(_sizes(q, k, v, left, right, starts), scale, softcap, *starts, tensors)
     return out, lse
 
@@ -72,7 +72,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Its derivative on the CPU."""
     starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
-    tensors, _kept = _describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
+    tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
     grads = gradients_like(
         (q, k, v), bias if bias_grad else None, alibi_slopes if slopes_grad else None, sinks if sinks_grad else None
     )
@@ -84,14 +84,14 @@ def backward(
         grad_bias.zero_()  # no sequence will write it
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype)
     gradients = (
-        _rows(grad_out),
+        describe_rows(grad_out),
         None if grad_lse is None else _lse(grad_lse),
-        _rows(grad_q),
-        _rows(grad_k),
-        _rows(grad_v),
+        describe_rows(grad_q),
+        describe_rows(grad_k),
+        describe_rows(grad_v),
         _broadcast(grad_bias, bias_shape) if bias_grad else None,
-        _table(per_head[0]) if slopes_grad else None,
-        _table(per_head[1]) if sinks_grad else None,
+        describe_table(per_head[0]) if slopes_grad else None,
+        describe_table(per_head[1]) if sinks_grad else None,
     )
     sizes = _sizes(q, k, v, left, right, starts)
     _native.kernels.attention_backward(sizes, scale, softcap, *starts, tensors, gradients, bias_shape)
@@ -119,7 +119,7 @@ def _sizes(
     return (batch, tq, tk, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], left, right, torch.get_num_threads())
 
 
-def _describe_inputs(
+def describe_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,19 +133,19 @@ def _describe_inputs(
     slopes = None if alibi_slopes is None else alibi_slopes.to(lse.dtype)
     sinks = None if sinks is None else sinks.to(lse.dtype)
     described = (
-        _rows(q),
-        _rows(k),
-        _rows(v),
-        _rows(out),
+        describe_rows(q),
+        describe_rows(k),
+        describe_rows(v),
+        describe_rows(out),
         _lse(lse),
         None if bias is None else _broadcast(bias, (1,) * (4 - bias.ndim) + tuple(bias.shape)),
-        None if slopes is None else _table(slopes),
+        None if slopes is None else describe_table(slopes),
         None if sinks is None else (sinks.data_ptr(), _DTYPES[sinks.dtype], sinks.stride(0), 0, 0, 0),
     )
     return described, (slopes, sinks)
 
 
-def _rows(x: Tensor) -> _Described:
+def describe_rows(x: Tensor) -> _Described:
     """(B, T, H, D), or (total, H, D) as a batch of one."""
     strides = x.stride() if x.ndim == 4 else (0, *x.stride())
     return (x.data_ptr(), _DTYPES[x.dtype], *strides)  # type: ignore[return-value]
@@ -157,7 +157,7 @@ def _lse(x: Tensor) -> _Described:
     return (x.data_ptr(), _DTYPES[x.dtype], *strides, 0)  # type: ignore[return-value]
 
 
-def _table(x: Tensor) -> _Described:
+def describe_table(x: Tensor) -> _Described:
     """(B, H), or (H,) for every sequence."""
     strides = x.stride() if x.ndim == 2 else (0, *x.stride())
     return (x.data_ptr(), _DTYPES[x.dtype], *strides, 0, 0)  # type: ignore[return-value]

@@ -94,12 +94,21 @@ class Terms(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where packed sequences begin, if they are. `steps` halvings find one among them."""
+    """Where packed sequences begin, if they are: `steps` halvings find one among them.
+
+    Or which keys of a cache each row holds: from `starts (B,)`, by default 0, to `ends (B,)`; and where they lie, in
+    pages of `page_size` keys, the `table` of them, `line` entries a row.
+    """
 
     cu_q: Any = None
     cu_k: Any = None
     batch: int = 0
     steps: int = 0
+    ends: Any = None
+    starts: Any = None
+    table: Any = None
+    line: int = 0
+    page_size: int = 0
 
     @classmethod
     def of(cls, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> "Sequences":

@@ -10,7 +10,7 @@ GPU: where it stands against the floor is not known.
 import triton
 import triton.language as tl
 
-from onchip.ops.attention.triton import schedule, scores, softmax, tiles
+from onchip.ops.attention.triton import pages, schedule, scores, softmax, tiles
 from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.softmax import LN2
@@ -66,9 +66,15 @@ def attend(
     VALUE_WIDTH: tl.constexpr = F.value_width
     carry = (maximum, total, tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32))
     if F.left:
-        carry = _keys(carry, start, whole, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
-    carry = _keys(carry, whole, ragged, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, False)
-    carry = _keys(carry, ragged, stop, q_tile, rows, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
+        carry = _keys(
+            carry, start, whole, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, True
+        )
+    carry = _keys(
+        carry, whole, ragged, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, False
+    )
+    carry = _keys(
+        carry, ragged, stop, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, True
+    )
 
     maximum, total, weighted = carry
     share, logarithm = softmax.finish(maximum, total)
@@ -84,7 +90,7 @@ def attend(
 
 @triton.jit
 def _keys(
-    carry, start, stop, q_tile, rows, k, v, terms, kv_head, place, window, factors,
+    carry, start, stop, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors,
     F: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys from start to stop."""
@@ -96,12 +102,13 @@ def _keys(
     for first in range(start, stop, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
         inside = j < place.tk
-        k_start = tiles.offsets(k, place.b, place.k_start + j, kv_head)
+        b, time = pages.find(sequences, place, j, inside)
+        k_start = tiles.offsets(k, b, time, kv_head)
         k_tile = tiles.load(k, k_start, inside, F.head_dim, F.head_width, MASKED)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)
         s = scores.logits(products, along, j[None, :], terms, place, window, factors, F, MASKED)
         p, maximum, total, shrink = softmax.step(maximum, total, s, factor)
-        v_start = tiles.offsets(v, place.b, place.k_start + j, kv_head)
+        v_start = tiles.offsets(v, b, time, kv_head)
         v_tile = tiles.load(v, v_start, inside, F.value_dim, F.value_width, MASKED)
         weighted = tl.dot(p.to(v_tile.dtype), v_tile, weighted * shrink[:, None], input_precision=F.precision)
     return maximum, total, weighted

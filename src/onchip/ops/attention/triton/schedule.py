@@ -48,7 +48,12 @@ def find(slot, cu, count, steps, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def place_of(sequences, b, tq, tk):
     """Sequence b."""
-    if sequences.cu_q is None:
+    if sequences.ends is not None:
+        stop, k_start = tl.load(sequences.ends + b).to(tl.int32), b * 0
+        if sequences.starts is not None:
+            k_start = tl.load(sequences.starts + b).to(tl.int32)
+        return Place(b, b * 0, k_start, tq, stop - k_start)
+    elif sequences.cu_q is None:
         return Place(b, b * 0, b * 0, tq, tk)
     else:
         q_start, q_stop = tl.load(sequences.cu_q + b), tl.load(sequences.cu_q + b + 1)
