@@ -1,0 +1,1 @@
+"""Onchip behind the interfaces that other libraries call."""
