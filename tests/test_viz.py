@@ -49,6 +49,12 @@ def test_bad_tokens(model, tmp_path, tokens, message):
         draw_mixing_matrices(model, tokens, tmp_path / "mixing.png")
 
 
+def test_text_for_a_model_that_is_not_of_bytes(tmp_path):
+    config = ModelConfig(vocab_size=300, d_model=16, layers=[{"mixer": "attention", "n_heads": 2}], d_mlp=24)
+    with pytest.raises(ValueError, match="text must be given as tokens to a model of 300"):
+        draw_mixing_matrices(LanguageModel(config), "ab", tmp_path / "mixing.png")
+
+
 def test_without_matplotlib_the_way_to_get_it_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install onchip\[plot\]"):

@@ -88,6 +88,8 @@ def draw_mixing_matrices(model: LanguageModel, text: str | bytes | Sequence[int]
 
 def _tokens(text: str | bytes | Sequence[int], vocab_size: int) -> list[int]:
     boundary = ByteTokenizer.boundary_id
+    if isinstance(text, str | bytes) and vocab_size > ByteTokenizer.vocab_size:
+        raise ValueError(f"text must be given as tokens to a model of {vocab_size}, which is not one of bytes")
     tokens = [boundary, *ByteTokenizer().encode(text)] if isinstance(text, str | bytes) else list(text)
     if not tokens:
         raise ValueError("text must have at least one token, got none")

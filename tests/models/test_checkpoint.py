@@ -109,7 +109,7 @@ def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
     """The writer's own exception is none that a caller would expect."""
     from safetensors import SafetensorError
 
-    def full(*_):
+    def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("onchip.models.checkpoint.save_file", full)

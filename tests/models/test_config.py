@@ -45,3 +45,18 @@ def test_missing_values_are_named():
         ModelConfig.from_dict({"vocab_size": 3, "layers": []})
     with pytest.raises(TypeError, match="must be an object, got list"):
         ModelConfig.from_dict([])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"norm": "batch"}, ValueError),
+        ({"mlp": "relu"}, ValueError),
+        ({"mlp_bias": 1}, TypeError),
+        ({"positions": 0}, ValueError),
+        ({"positions": 2.5}, TypeError),
+    ],
+)
+def test_what_other_families_need_is_checked_too(change, error):
+    with pytest.raises(error, match=next(iter(change))):
+        ModelConfig(vocab_size=9, d_model=8, layers=[], d_mlp=16, **change)

@@ -1,9 +1,10 @@
 import math
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from onchip.nn.rotary import RotaryTable, rotate
+from onchip.nn.rotary import RotaryScaling, RotaryTable, rotate
 
 
 def test_against_the_formula():
@@ -44,3 +45,24 @@ def test_a_stand_in_for_a_tensor_is_not_kept():
     with FakeTensorMode() as mode:
         assert table(5, like=mode.from_tensor(torch.randn(1))).shape == (5, 4, 2)
     assert type(table(5, like=torch.randn(1))) is torch.Tensor
+
+
+def test_scaling_slows_long_waves_alone():
+    scaling = RotaryScaling.of({"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 64})
+    turns_in_64_tokens = torch.tensor([8.0, 4.0, 2.5, 1.0, 0.1], dtype=torch.float64)
+    frequencies = turns_in_64_tokens * 2 * torch.pi / 64
+    expected = torch.tensor([1.0, 1.0, 0.5 + 0.5 / 4, 0.25, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(scaling(frequencies) / frequencies, expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"factor": 8.0},
+        {"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0, "original_length": 64},
+        {"factor": 0.5, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 64},
+    ],
+)
+def test_a_scaling_that_makes_no_sense_is_refused(values):
+    with pytest.raises(ValueError, match="rope_scaling must have"):
+        RotaryScaling.of(values)

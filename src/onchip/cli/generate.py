@@ -26,9 +26,11 @@ def generate(
         list[str] | None, typer.Option(metavar="FILE", help="The same from a file, - for standard input.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Bytes to write at most, for each continuation.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Bytes, or tokens where the model has a tokenizer, to write at most.")
+    ] = 256,
     temperature: Annotated[float, typer.Option(help="Above 1 bolder, below 1 safer, 0 always the likeliest.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest bytes.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest bytes or tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Only the likeliest bytes that together reach this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Only bytes at least this fraction as likely as the likeliest.")] = 0.0,
     stop: Annotated[
@@ -51,11 +53,13 @@ def generate(
 
     import torch
 
+    from onchip.data import ByteTokenizer, load_tokenizer
     from onchip.generation import stream
     from onchip.models import load_model
     from onchip.training.devices import choose_device
 
     model = load_model(folder, choose_device(device))
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if model.num_parameters < 10_000_000:
         torch.set_num_threads(1)  # a step is over before a second thread has woken
     start = time.perf_counter()
@@ -69,10 +73,12 @@ def generate(
         min_p=min_p,
         stop=stop or (),
         seed=seed,
+        tokenizer=tokenizer,
     )
     tokens = _write(pieces, prompts)
     seconds = time.perf_counter() - start
-    print(f"{tokens} bytes in {seconds:.1f} s: {tokens / seconds:.0f} a second", file=sys.stderr)
+    unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
+    print(f"{tokens} {unit} in {seconds:.1f} s: {tokens / seconds:.0f} a second", file=sys.stderr)
 
 
 def _write(pieces: Iterable["Piece"], prompts: Sequence[bytes]) -> int:

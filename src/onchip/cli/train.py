@@ -8,6 +8,8 @@ import typer
 from onchip.cli.errors import Failure
 
 if TYPE_CHECKING:
+    from onchip.data import Tokenizer
+    from onchip.models import LanguageModel
     from onchip.training import RunFolder, TrainConfig, Trainer
 
 
@@ -26,6 +28,13 @@ def train(
     model: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A model of your own, as config.json of a run describes one.")
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Begin with the model in DIR, one of transformers' too, and its tokenizer; --lr is then 1e-4.",
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; warm-up and decay stretch along.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows of text per step, over all processes.")] = None,
     context: Annotated[int | None, typer.Option(help="Bytes per window.")] = None,
@@ -40,7 +49,7 @@ def train(
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
     ] = None,
 ) -> None:
-    """Train a byte-level language model on text, and say what it is worth.
+    """Train a byte-level language model on text, or --init-from one with a tokenizer, and say what it is worth.
 
     Without CORPUS it learns the Python standard library's own source. About 5 % of the text is held out, by whole
     files, and the model is judged by it: how many bits it would need to store each byte, next to gzip -9 and xz -9.
@@ -53,16 +62,20 @@ def train(
 
         onchip train --preset demo --out demo
         onchip train ~/notes 'books/*.txt' --out runs/mine --steps 2000
+        onchip train ~/notes --init-from SmolLM2-135M --out runs/tuned --steps 200
         torchrun --nproc-per-node 2 --no-python onchip train --preset small --out runs/two
     """
     from contextlib import ExitStack
 
-    from onchip.data import Corpus
+    from onchip.data import Corpus, PretrainedTokenizer
+    from onchip.models import read_config
     from onchip.training import PRESETS, Request, RunFolder, Trainer
     from onchip.training.devices import choose_device, compute_deterministically, keep_freed_memory
     from onchip.training.distributed import joined
     from onchip.training.run import absolute
 
+    if init_from is not None and model is not None:
+        raise Failure("--model and --init-from exclude each other: the model is the one in the folder", exit_code=2)
     compute_on = choose_device(device)
     compute_deterministically(compute_on)
     keep_freed_memory()
@@ -77,15 +90,35 @@ def train(
         given: dict[str, Any] = {
             "batch": batch, "context": context, "lr": lr, "accumulate": accumulate, "seed": seed, "precision": precision
         }  # fmt: skip
-        config = _configured(base, steps, model, {name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        begun = str(init_from.absolute()) if init_from else before.init_from if before else None
+        if init_from is not None:
+            given = {"model": read_config(init_from), **({"lr": 1e-4} if preset or not before else {}), **given}
+        config = _configured(base, steps, model, given)
         sources = before.sources if before and not corpus else absolute(corpus or ())
         text = Corpus.read(sources)
-        request = Request(config, sources, text.fingerprint)
+        request = Request(config, sources, text.fingerprint, begun)
         folder.check(request)
-        trainer = Trainer(config, text, folder, device=compute_on, processes=processes)
+        tokenizer, start = _beginning(folder, begun, config.model.vocab_size)
+        trainer = Trainer(
+            config, text, folder, device=compute_on, processes=processes, tokenizer=tokenizer, start=start
+        )
         if processes.first:
             folder.begin(request)
+            if isinstance(tokenizer, PretrainedTokenizer):
+                tokenizer.save(folder.path)
         _train(trainer)
+
+
+def _beginning(folder: "RunFolder", begun: str | None, vocab_size: int) -> tuple["Tokenizer", "LanguageModel | None"]:
+    """The run's tokenizer, and the model it begins with; a run that has a checkpoint needs none."""
+    from onchip.data import load_tokenizer
+    from onchip.models import load_model
+    from onchip.training.checkpoint import checkpoints
+
+    own = begun is None or (folder.path / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(folder.path if own else str(begun), vocab_size)
+    return tokenizer, None if begun is None or checkpoints(folder.checkpoints) else load_model(begun)
 
 
 def _configured(base: "TrainConfig", steps: int | None, model: Path | None, given: dict[str, Any]) -> "TrainConfig":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from onchip.data.corpus import Document
-from onchip.data.tokens import ByteTokenizer
+from onchip.data.tokens import ByteTokenizer, Tokenizer
 
-Stream = NDArray[np.uint16]
+Stream = NDArray[np.uint16] | NDArray[np.uint32]
+_BYTES = ByteTokenizer()
 
 
 class Batch(NamedTuple):
@@ -31,23 +32,28 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def token_stream(documents: Sequence[Document]) -> Stream:
-    """All documents one after the other, a boundary before each: `(total,)` uint16.
+def token_stream(documents: Sequence[Document], tokenizer: Tokenizer = _BYTES) -> Stream:
+    """All documents one after the other, a boundary before each: `(total,)` uint16, uint32 beyond 65,536 tokens.
 
     The stream is a ring: after its last token comes its first, the boundary that ends the last document as each other
-    boundary ends the document before it.
+    boundary ends the document before it. Raises `ValueError` naming a document that the tokenizer cannot read.
 
     >>> token_stream([Document("a", b"hi"), Document("b", b"!")])
     array([256, 104, 105, 256,  33], dtype=uint16)
     """
-    stream = np.empty(sum(len(document.data) + 1 for document in documents), np.uint16)
-    start = 0
-    for document in documents:
-        end = start + 1 + len(document.data)
-        stream[start] = ByteTokenizer.boundary_id
-        stream[start + 1 : end] = np.frombuffer(document.data, np.uint8)
-        start = end
-    return stream
+    boundary = np.array([tokenizer.boundary_id])
+    parts = [part for document in documents for part in (boundary, _ids(document, tokenizer))]
+    dtype: type[np.uint16 | np.uint32] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    return cast(Stream, np.concatenate(parts, dtype=dtype, casting="unsafe"))
+
+
+def _ids(document: Document, tokenizer: Tokenizer) -> NDArray[Any]:
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.frombuffer(document.data, np.uint8)  # without a Python number for each
+    try:
+        return np.array(tokenizer.encode(document.data), np.int64)
+    except ValueError as error:
+        raise ValueError(f"{document.name}: {error}") from None
 
 
 class Batches:
@@ -65,13 +71,16 @@ class Batches:
     (torch.Size([8]), 8)
     """
 
-    def __init__(self, stream: Stream, batch: int, context: int, seed: int) -> None:
+    def __init__(
+        self, stream: Stream, batch: int, context: int, seed: int, boundary_id: int = ByteTokenizer.boundary_id
+    ) -> None:
         if len(stream) <= context:
             raise ValueError(
                 f"corpus: expected more than one window of {context} tokens to learn from, and found {len(stream)}: "
                 "give more text or a smaller context"
             )
         self.stream, self.batch, self.context, self.seed = stream, batch, context, seed
+        self.boundary_id = boundary_id
         self._windows = len(stream) // context
         self._epoch = -1
 
@@ -85,7 +94,7 @@ class Batches:
         starts = np.array([self._start(window) for window in range(first, first + rows)])
         positions = starts[:, None] + np.arange(self.context + 1)
         window = self.stream.take(positions, mode="wrap")
-        return _pack(window[:, :-1].ravel(), window[:, 1:].ravel(), self.context)
+        return _pack(window[:, :-1].ravel(), window[:, 1:].ravel(), self.context, self.boundary_id)
 
     def _start(self, window: int) -> int:
         epoch, index = divmod(window, self._windows)
@@ -97,7 +106,13 @@ class Batches:
         return self._offset + int(self._order[index]) * self.context
 
 
-def consecutive(stream: Stream, batch: int, context: int, windows: int | None = None) -> Iterator[Batch]:
+def consecutive(
+    stream: Stream,
+    batch: int,
+    context: int,
+    windows: int | None = None,
+    boundary_id: int = ByteTokenizer.boundary_id,
+) -> Iterator[Batch]:
     """The windows of `stream` side by side, `batch` at a time, every token a target once; the last may be shorter.
 
     `windows` takes only that many of them, evenly spread.
@@ -111,11 +126,11 @@ def consecutive(stream: Stream, batch: int, context: int, windows: int | None = 
     for first in range(0, len(starts), batch):
         positions = (starts[first : first + batch, None] + np.arange(context)).ravel()
         positions = positions[positions < len(stream)]
-        yield _pack(stream[positions], stream.take(positions + 1, mode="wrap"), context)
+        yield _pack(stream[positions], stream.take(positions + 1, mode="wrap"), context, boundary_id)
 
 
-def _pack(tokens: Stream, targets: Stream, context: int) -> Batch:
-    borders = np.union1d(np.flatnonzero(tokens == ByteTokenizer.boundary_id), np.arange(0, len(tokens), context))
+def _pack(tokens: Stream, targets: Stream, context: int, boundary_id: int) -> Batch:
+    borders = np.union1d(np.flatnonzero(tokens == boundary_id), np.arange(0, len(tokens), context))
     return Batch(
         torch.from_numpy(tokens.astype(np.int64)),
         torch.from_numpy(targets.astype(np.int64)),

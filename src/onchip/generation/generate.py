@@ -3,28 +3,17 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 
-from onchip.data import ByteTokenizer
+from onchip.data import ByteTokenizer, Tokenizer
 from onchip.generation.decoding import Decoding
 from onchip.generation.sampling import Sampling
 from onchip.generation.text import TextStream
 from onchip.models import LanguageModel
 
 Finish = Literal["end", "stop", "length"]
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer; `onchip.data.ByteTokenizer` is one."""
-
-    @property
-    def vocab_size(self) -> int: ...  # noqa: D102
-    @property
-    def boundary_id(self) -> int: ...  # noqa: D102
-    def encode(self, text: str | bytes) -> list[int]: ...  # noqa: D102
-    def decode(self, ids: list[int]) -> bytes: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -158,7 +147,7 @@ def _pieces(
         raise ValueError(
             f"model must have the tokenizer's vocabulary of {tokenizer.vocab_size}, has {model.config.vocab_size}"
         )
-    tokens = [[tokenizer.boundary_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    tokens = [tokenizer.begin(prompt) for prompt in prompts]
     rows = [_Row(i, tokenizer, stop, max_new_tokens, seed + i) for i in range(len(prompts))]
     return _run(model, tokens, rows, sampling)
 
@@ -177,7 +166,7 @@ class _Row:
 
     def push(self, token: int) -> Piece:
         self._left -= 1
-        ended = token == self._tokenizer.boundary_id
+        ended = self._tokenizer.ends(token)
         text = self._text.push(self._tokenizer.decode([token]), final=ended or not self._left)
         finish: Finish | None = (
             "stop" if self._text.stopped else "end" if ended else "length" if not self._left else None

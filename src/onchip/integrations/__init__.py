@@ -1,1 +1,1 @@
-"""Other libraries' functions, computed by onchip."""
+"""Other libraries' functions and interfaces, computed by onchip."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,11 @@ class ModelConfig:
         d_mlp: hidden features of each layer's gated MLP.
         tie_embeddings: whether the output projection is the embedding's matrix.
         norm_eps: added to the mean square in the norms.
+        norm: "rms" (a gain) or "layer" (mean taken out; a gain and a bias).
+        mlp: "swiglu" (`onchip.nn.GatedMLP`) or "gelu" (`onchip.nn.MLP`).
+        mlp_bias: whether the projections of the MLPs have biases.
+        positions: an embedding is learned for each of this many positions and added to the tokens', and no sequence may
+            be longer; None for none, as a mixer brings its own.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -34,16 +39,26 @@ class ModelConfig:
     d_mlp: int
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    norm: Literal["rms", "layer"] = "rms"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp_bias: bool = False
+    positions: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "d_mlp"):
+        for name in ("vocab_size", "d_model", "d_mlp", "positions"):
             value = getattr(self, name)
+            if name == "positions" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if not isinstance(self.tie_embeddings, bool):
-            raise TypeError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        for name in ("tie_embeddings", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, known in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if not isinstance(self.norm_eps, int | float) or not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be a positive number, got {self.norm_eps!r}")
         if isinstance(self.layers, str | Mapping) or not isinstance(self.layers, Sequence):

@@ -9,34 +9,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onchip.models.config import ModelConfig
-from onchip.nn import GatedMLP
+from onchip.nn import MLP, GatedMLP
 from onchip.nn.mixers import State, build_mixer
+from onchip.nn.rotary import packed_positions
 
 
 @dataclass(frozen=True, eq=False)
 class ModelState(State):
-    """The states of a model's layers, in order."""
+    """The states of a model's layers, in order; with learned positions also how many tokens each row has seen."""
 
     layers: tuple[State, ...]
+    seen: Tensor | None = None
 
     def reorder(self, index: Tensor) -> Self:
         """Row i of the result is row `index[i]`; rows may be dropped and repeated. `index (N,)` int64."""
-        return type(self)(tuple(layer.reorder(index) for layer in self.layers))
+        seen = None if self.seen is None else self.seen[index]
+        return type(self)(tuple(layer.reorder(index) for layer in self.layers), seen)
 
     def detach(self) -> Self:
         """The same values, cut from the graph of gradients."""
-        return type(self)(tuple(layer.detach() for layer in self.layers))
+        return type(self)(tuple(layer.detach() for layer in self.layers), self.seen)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.seen is None else self.seen.nbytes)
 
     @classmethod
     def stack(cls, states: Sequence[Self]) -> Self:
         """One state with the rows of all `states`, in order; they may have seen different numbers of tokens."""
         columns = zip(*(state.layers for state in states), strict=True)
-        return cls(tuple(type(layers[0]).stack(layers) for layers in columns))
+        seen = [state.seen for state in states if state.seen is not None]
+        return cls(tuple(type(layers[0]).stack(layers) for layers in columns), torch.cat(seen) if seen else None)
 
 
 class Layer(nn.Module):
@@ -44,10 +48,11 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, mixer: dict[str, Any]) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer_norm = _norm(config)
         self.mixer = build_mixer(config.d_model, mixer)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = GatedMLP(config.d_model, config.d_mlp)
+        self.mlp_norm = _norm(config)
+        mlp = GatedMLP if config.mlp == "swiglu" else MLP
+        self.mlp = mlp(config.d_model, config.d_mlp, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The parallel form."""
@@ -98,10 +103,13 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = None if config.positions is None else nn.Embedding(config.positions, config.d_model)
         self.layers = nn.ModuleList(_layer(config, i) for i in range(len(config.layers)))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = _norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        for embedding in (self.embedding, self.positions):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.02)
         for layer in self._layers():
             nn.init.zeros_(layer.mixer.out.weight)
             nn.init.zeros_(layer.mlp.out.weight)
@@ -118,7 +126,8 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch: int) -> ModelState:
         """The state of `batch` sequences before their first token."""
-        return ModelState(tuple(layer.mixer.initial_state(batch) for layer in self._layers()))
+        seen = None if self.positions is None else torch.zeros(batch, dtype=torch.int64, device=self.device)
+        return ModelState(tuple(layer.mixer.initial_state(batch) for layer in self._layers()), seen)
 
     @overload
     def forward(self, tokens: Tensor, state: None = None, *, cu_seqlens: Tensor | None = None) -> Tensor: ...
@@ -133,13 +142,13 @@ class LanguageModel(nn.Module):
 
         Raises:
             ValueError: `tokens` is not `(B, T)`, or `(total,)` with `cu_seqlens`; or both `state` and `cu_seqlens` are
-                given.
+                given; or a sequence is longer than the learned positions.
         """
         if tokens.ndim != (2 if cu_seqlens is None else 1):
             expected = "(B, T)" if cu_seqlens is None else "(total,) with cu_seqlens"
             raise ValueError(f"tokens must be {expected}, got {tuple(tokens.shape)}")
         if state is None:
-            x = self.embedding(tokens)
+            x = self._embed(tokens, self._places(tokens, cu_seqlens))
             for layer in self._layers():
                 x = layer(x, cu_seqlens)
             return self._logits(x)
@@ -155,32 +164,56 @@ class LanguageModel(nn.Module):
 
     def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Read one `token (B,)`: the logits `(B, vocab_size)` after it, and the state after it."""
-        x, states = self.embedding(token), []
+        x, states = self._embed(token, state.seen), []
         for layer, layer_state in zip(self._layers(), state.layers, strict=True):
             x, layer_state = layer.step(x, layer_state)
             states.append(layer_state)
-        return self._logits(x), ModelState(tuple(states))
+        return self._logits(x), ModelState(tuple(states), None if state.seen is None else state.seen + 1)
 
     def matrices(self, tokens: Tensor) -> list[Tensor]:
         """The mixing matrices `(B, H, T, T)` of each layer on `tokens (B, T)`; memory quadratic in T."""
-        x, matrices = self.embedding(tokens), []
+        x, matrices = self._embed(tokens, self._places(tokens, None)), []
         for layer in self._layers():
             matrices.append(layer.mixer.matrix(layer.mixer_norm(x)))
             x = layer(x, None)
         return matrices
 
     def _chunk(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        x, states = self.embedding(tokens), []
+        T, seen = tokens.shape[1], state.seen
+        positions = None if seen is None else seen[:, None] + torch.arange(T, device=seen.device)
+        x, states = self._embed(tokens, positions), []
         for layer, layer_state in zip(self._layers(), state.layers, strict=True):
             x, layer_state = layer.chunk(x, layer_state)
             states.append(layer_state)
-        return x, ModelState(tuple(states))
+        return x, ModelState(tuple(states), None if seen is None else seen + T)
+
+    def _places(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Each token's place in its sequence, where the model has an embedding for it."""
+        if self.positions is None:
+            return None
+        if cu_seqlens is not None:
+            return packed_positions(cu_seqlens, len(tokens))
+        return torch.arange(tokens.shape[1], device=tokens.device)
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        x = cast(Tensor, self.embedding(tokens))
+        if self.positions is None or positions is None:
+            return x
+        limit = self.positions.num_embeddings
+        if not torch.compiler.is_compiling() and positions.numel() and (last := int(positions.max())) >= limit:
+            raise ValueError(f"tokens must be at most {limit}, as many as the model has positions, got {last + 1}")
+        return x + cast(Tensor, self.positions(positions))
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
 
     def _layers(self) -> Sequence[Layer]:
         return cast(Sequence[Layer], self.layers)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
 
 
 def _layer(config: ModelConfig, index: int) -> Layer:

@@ -1,5 +1,5 @@
 """Modules: an operation together with its parameters."""
 
-from onchip.nn.mlp import GatedMLP
+from onchip.nn.mlp import MLP, GatedMLP
 
-__all__ = ["GatedMLP"]
+__all__ = ["MLP", "GatedMLP"]

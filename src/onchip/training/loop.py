@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from onchip.data import Batches, ByteTokenizer, Corpus, token_stream
+from onchip.data import Batches, ByteTokenizer, Corpus, Tokenizer, token_stream
 from onchip.models import LanguageModel, save_model
 from onchip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from onchip.training.config import TrainConfig
@@ -35,6 +35,9 @@ class Trainer:
     function of the settings, the corpus, the device and the number of threads and processes: neither an interruption
     nor a process killed at any point changes a bit of them.
 
+    `tokenizer` is that of bytes unless another is given. `start` is a trained model whose weights the run begins with
+    (in float32, whatever they were in); it is used up.
+
     Raises `ValueError` where the batch cannot be dealt out to the processes, the corpus is too short for one window, or
     a checkpoint is damaged.
     """
@@ -47,19 +50,29 @@ class Trainer:
         *,
         device: torch.device | None = None,
         processes: Processes | None = None,
+        tokenizer: Tokenizer | None = None,
+        start: LanguageModel | None = None,
     ) -> None:
         self.config, self.corpus, self.folder = config, corpus, folder
         self.device = device or torch.device("cpu")
         self.processes = processes or Processes()
-        if config.model.vocab_size != ByteTokenizer.vocab_size:
-            raise ValueError(f"vocab_size: expected {ByteTokenizer.vocab_size}, and got {config.model.vocab_size}")
+        self.tokenizer = tokenizer or ByteTokenizer()
+        if config.model.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(f"vocab_size: expected {self.tokenizer.vocab_size}, and got {config.model.vocab_size}")
+        if config.model.positions is not None and config.context > config.model.positions:
+            raise ValueError(
+                f"context: expected at most the model's {config.model.positions} positions, and got {config.context}"
+            )
+        if start is not None and start.config != config.model:
+            raise ValueError("start: expected a model of the run's config, and got another")
         self._shares = config.accumulate * self.processes.count
         if config.batch % self._shares:
             raise ValueError(
                 f"batch: expected a multiple of accumulate × processes = {self._shares}, and got {config.batch}"
             )
-        self._batches = Batches(token_stream(corpus.train), config.batch, config.context, config.seed)
-        self.model = _initial_model(config).to(self.device)
+        stream = token_stream(corpus.train, self.tokenizer)
+        self._batches = Batches(stream, config.batch, config.context, config.seed, self.tokenizer.boundary_id)
+        self.model = (_initial_model(config) if start is None else start.float()).to(self.device)
         self.optimizer = adamw(self.model, config.weight_decay)
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and native_bfloat16(self.device))
         self.step = 0
@@ -101,6 +114,7 @@ class Trainer:
             windows=windows,
             autocast=self._autocast(),
             processes=self.processes,
+            tokenizer=self.tokenizer,
         )
 
     def _measured_step(self) -> dict[str, Any]:

@@ -30,7 +30,12 @@ def make_report(trainer: Trainer) -> dict[str, Any] | None:
     seconds = sum(config.tokens_per_step / line["tokens_per_second"] for line in lines)
     # No longer than the windows it learnt from: beyond, it has never seen a position.
     (sample,) = generate(
-        trainer.model, [""], max_new_tokens=min(500, config.context), temperature=0.8, seed=config.seed
+        trainer.model,
+        [""],
+        max_new_tokens=min(500, config.context),
+        temperature=0.8,
+        seed=config.seed,
+        tokenizer=trainer.tokenizer,
     )
     return {
         "bits_per_byte": bits,

@@ -17,11 +17,12 @@ from onchip.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Request:
-    """What a run was asked to do: settings, and the sources and fingerprint of the corpus."""
+    """What a run was asked to do: settings, the sources and fingerprint of the corpus, and the model it began with."""
 
     config: TrainConfig
     sources: tuple[str, ...]
     fingerprint: str
+    init_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RunFolder:
 
     train.json                        the request: every setting, the corpus
     config.json, model.safetensors    the model as of the last checkpoint, for `load_model`
+    tokenizer.json                    where the run began with a model that has one
     metrics.jsonl                     a line per step
     checkpoints/                      the last two
     report.json, loss.png             once it has ended
@@ -73,14 +75,16 @@ class RunFolder:
         try:
             content = json.loads(self._request.read_bytes())
             config = TrainConfig.from_dict(content["training"])
-            return Request(config, tuple(content["corpus"]["sources"]), content["corpus"]["fingerprint"])
+            corpus = content["corpus"]
+            return Request(config, tuple(corpus["sources"]), corpus["fingerprint"], content.get("init_from"))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self._request} is damaged: {error}") from None
 
     def begin(self, request: Request) -> None:
         """Write down what the run in this folder is asked to do."""
         corpus = {"sources": list(request.sources), "fingerprint": request.fingerprint}
-        write_json(self._request, {"corpus": corpus, "training": request.config.to_dict()})
+        begun = {} if request.init_from is None else {"init_from": request.init_from}
+        write_json(self._request, {"corpus": corpus, **begun, "training": request.config.to_dict()})
 
     def check(self, request: Request) -> None:
         """See that the run in this folder, where there is one, was asked to do the same.
@@ -91,6 +95,8 @@ class RunFolder:
         if before is None:
             return
         differences = before.config.differences(request.config)
+        if before.init_from != request.init_from:
+            differences.append(f"begun from {before.init_from or 'nothing'}, not {request.init_from or 'nothing'}")
         if before.fingerprint != request.fingerprint:
             differences.append(
                 "another corpus" if before.sources != request.sources else "the files of the corpus have changed"

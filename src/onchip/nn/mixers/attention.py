@@ -1,14 +1,14 @@
 """Softmax attention as a mixer, and the cache of keys and values that it carries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from onchip.nn.mixers.base import Mixer, State
-from onchip.nn.rotary import rotary_table, rotate
+from onchip.nn.rotary import RotaryScaling, packed_positions, rotary_table, rotate
 from onchip.ops import attention
 from onchip.ops.attention.reference import attention_matrix
 
@@ -156,10 +156,12 @@ class Attention(Mixer[AttentionState]):
         sinks: one learnable logit per head that takes probability and gives no value, at first 0. (The plain softmax
             is the sink at -∞.)
         rope_base: longest wavelength of the rotary embedding, over 2π; None for no embedding of positions.
-        bias: whether the projections have biases.
+        rope_scaling: the fields of `onchip.nn.rotary.RotaryScaling`, for a context stretched as in Llama 3.
+        bias: whether the projections have biases; "qkv" for those into queries, keys and values alone.
 
     Raises:
-        ValueError: head counts or dims that do not fit together; a negative window.
+        ValueError: head counts or dims that do not fit together; a negative window; a scaling without an embedding to
+            scale; a `bias` that is none of the three.
 
     The state holds the keys and values of all tokens, `2·n_kv_heads·head_dim` numbers each; under a causal window, of
     about the last 1.5·left tokens.
@@ -191,7 +193,8 @@ class Attention(Mixer[AttentionState]):
         window: Sequence[int | None] | None = None,
         sinks: bool = False,
         rope_base: float | None = 10_000.0,
-        bias: bool = False,
+        rope_scaling: Mapping[str, float] | None = None,
+        bias: bool | Literal["qkv"] = False,
     ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -199,14 +202,19 @@ class Attention(Mixer[AttentionState]):
             raise ValueError(f"n_heads must be a positive multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, or head_dim given, got {d_model} and {n_heads}")
+        if bias not in (True, False, "qkv"):
+            raise ValueError(f'bias must be true, false or "qkv", got {bias!r}')
+        if rope_base is None and rope_scaling is not None:
+            raise ValueError("rope_base must be given where rope_scaling is, got None")
         left, right = _reaches(window)
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.window = (left, 0 if causal else right)
         self.causal = self.window[1] == 0
-        self.rotary = None if rope_base is None else rotary_table(self.head_dim, rope_base)
-        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
+        scaling = None if rope_scaling is None else RotaryScaling.of(rope_scaling)
+        self.rotary = None if rope_base is None else rotary_table(self.head_dim, rope_base, scaling)
+        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=bool(bias))
+        self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias is True)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
 
     def initial_state(self, batch: int) -> AttentionState:
@@ -229,7 +237,7 @@ class Attention(Mixer[AttentionState]):
 
     def _parallel(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         T = x.shape[-2]
-        q, k, v = self._project(x, slice(T) if cu_seqlens is None else _packed_positions(cu_seqlens, T), T)
+        q, k, v = self._project(x, slice(T) if cu_seqlens is None else packed_positions(cu_seqlens, T), T)
         return self._merge(attention(q, k, v, window=self.window, sinks=self.sinks, cu_seqlens_q=cu_seqlens))
 
     def _chunk(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
@@ -259,10 +267,3 @@ def _reaches(window: Sequence[int | None] | None) -> tuple[int | None, int | Non
     if len(window) != 2 or any(reach is not None and reach < 0 for reach in window):
         raise ValueError(f"window must be (left, right), each None or not negative, got {window!r}")
     return window[0], window[1]
-
-
-def _packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Each row's place in its sequence, `(total,)`."""
-    t = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    starts = cu_seqlens[torch.searchsorted(cu_seqlens[1:], t, right=True)]
-    return (t - starts).clamp(min=0)  # negative only for boundaries that `attention` is about to refuse

@@ -1,0 +1,243 @@
+"""onchip's attention behind transformers' interface: `attn_implementation="onchip"`.
+
+transformers asks two functions for an implementation: one makes, once per forward pass, the mask that all layers of a
+kind share; the other is called by every layer. Plain causal attention needs no mask here, windows are two integers, and
+padding is one boolean per key, so that a T×T mask is only made for patterns that are none of these.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from onchip.ops import attention
+
+__all__ = ["register"]
+
+NAME = "onchip"
+
+
+def register() -> None:
+    """Make `attn_implementation="onchip"` known to transformers; again does no harm.
+
+    Then `AutoModel.from_pretrained(path, attn_implementation="onchip")`, or `model.set_attn_implementation("onchip")`,
+    runs every attention layer through `onchip.attention`, for training and for generation: causal and bidirectional,
+    grouped queries, padding on either side, dynamic, static and sliding caches, sliding windows, softcap, sinks, packed
+    sequences (by `position_ids`, or by `cu_seq_lens_q` and `cu_seq_lens_k` for time linear in the sequences), and
+    masks of the caller's own. A row that sees no key, as in left padding, gives zeros (in eager attention a mean of
+    what is hidden).
+
+    Raises:
+        ImportError: transformers is not installed, or is older than 5.
+
+    What a model asks of its attention and is not here raises ValueError when the layer is called: dropout, returned
+    probabilities, relative position biases, paged caches.
+
+    Cost: about 10 µs a call beyond `onchip.attention`, and one look at the padding a forward pass.
+
+    >>> import pytest
+    >>> transformers = pytest.importorskip("transformers")
+    >>> register()
+    >>> "onchip" in transformers.AttentionInterface()
+    True
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "onchip.integrations.transformers needs transformers 5 (pip install 'transformers>=5')"
+        ) from error
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+class CausalMask(Tensor):
+    """A causal mask that is not written out: what a 4-D mask would say, in a window and one boolean per key.
+
+    `end` keys count, the later ones are places that a static cache has yet to fill; the last query sits on the last of
+    the keys that count. `left` is how far back a query sees, None for all the way. `visible (B, 1, 1, end)` boolean is
+    False where a key is padding; None where none is.
+
+    It is a tensor because transformers takes only tensors of four dimensions for finished masks; computing with it
+    raises, as the result would be another mask.
+    """
+
+    visible: Tensor | None
+    left: int | None
+    end: int
+
+    @classmethod
+    def of(cls, visible: Tensor | None, left: int | None, end: int, device: torch.device | str) -> "CausalMask":
+        """The mask with these properties."""
+        tensor = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device) if visible is None else visible
+        mask: CausalMask = torch.Tensor._make_subclass(cls, tensor)
+        mask.visible, mask.left, mask.end = visible, left, end
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Its shape, dtype and device may be asked for, and it may go to another device."""
+        if func in (Tensor.contiguous, Tensor.detach):  # as `generate` and checkpointing call them
+            return args[0]
+        if func is Tensor.to:
+            return args[0]._moved(*args[1:], **(kwargs or {}))
+        if getattr(func, "__name__", "") in _HARMLESS:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise ValueError(
+            f'attn_implementation="onchip" cannot serve a model that computes with its attention mask '
+            f'({getattr(func, "__name__", func)}): attn_implementation="sdpa" can'
+        )
+
+    def _moved(self, *args: Any, **kwargs: Any) -> "CausalMask":
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = self.as_subclass(Tensor).to(*args, **kwargs)
+        if tensor.dtype != torch.bool:
+            raise ValueError(f'the masks of attn_implementation="onchip" are boolean, got to({tensor.dtype})')
+        return CausalMask.of(None if self.visible is None else tensor, self.left, self.end, tensor.device)
+
+
+_HARMLESS = ("__get__", "dim", "size", "is_floating_point", "__repr__", "__len__")
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,  # static caches have a tensor
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> Tensor | None:
+    """What the layers need to know: None, a `CausalMask`, or else transformers' own boolean `(B, 1, T, S)`."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    def written_out() -> Tensor | None:
+        mask: Tensor | None = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function or causal_mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            config=config,
+            device=device,
+            **others,
+        )
+        return mask
+
+    causal = mask_function in (None, causal_mask_function) or _slides(config, local_size)
+    if not allow_is_causal_skip or not causal or torch.compiler.is_compiling():
+        return written_out()
+    end = int(q_offset) + q_length - kv_offset
+    if not q_length <= end <= kv_length:
+        return written_out()
+    visible = None
+    if attention_mask is not None:
+        visible = torch.nn.functional.pad(attention_mask, (0, max(kv_offset + end - attention_mask.shape[-1], 0)))
+        visible = visible[:, None, None, kv_offset : kv_offset + end]
+        visible = None if bool(visible.all()) else visible
+    left = local_size - 1 if local_size is not None and local_size < end else None
+    if visible is None and left is None and (end == q_length or (q_length == 1 and end == kv_length)):
+        return None
+    return CausalMask.of(visible, left, end, device)
+
+
+def _slides(config: Any, local_size: int | None) -> bool:
+    """Whether a mask of this local size is a sliding causal window; the other kind that has one is cut in chunks."""
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return local_size is not None and not chunked and getattr(config, "sliding_window", None) == local_size
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """A layer's attention: query `(B, H, T, D)`, key and value `(B, Hk, S, D)`; the output is `(B, T, H, D)`."""
+    if dropout or not _REFUSED.keys().isdisjoint(others):
+        _refuse(dropout, others)
+    T, end = query.shape[2], key.shape[2]
+    left, bias = None, None
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if sliding_window is not None and sliding_window < end:
+            if not causal:
+                _cannot("sliding_window without causal attention and without a mask", "sdpa")
+            left = sliding_window - 1
+        causal = causal and (T > 1 or left is not None)
+        if causal and T > 1 and cu_seq_lens_q is None:
+            end = T  # a static cache at its beginning: the keys after these are yet to come
+    elif type(attention_mask) is CausalMask:
+        causal, left, end, bias = True, attention_mask.left, attention_mask.end, attention_mask.visible
+    else:
+        causal, bias = False, attention_mask
+    if end < key.shape[2]:
+        key, value = key.narrow(2, 0, end), value.narrow(2, 0, end)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    packed = cu_seq_lens_q is not None and bias is None
+    if packed:
+        if query.shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q needs a batch of 1 that holds all sequences, got {query.shape[0]}")
+        q, k, v = q[0], k[0], v[0]
+    out = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=None if left is None else (left, 0),
+        scale=scaling,
+        softcap=softcap or 0.0,
+        bias=bias,
+        sinks=s_aux,
+        cu_seqlens_q=cu_seq_lens_q if packed else None,
+        cu_seqlens_k=cu_seq_lens_k if packed else None,
+    )
+    return (out[None] if packed else out), None
+
+
+_REFUSED = {
+    "position_bias": "sdpa",
+    "head_mask": "eager",
+    "output_attentions": "eager",
+    "cache": "sdpa",
+    "indices": "eager",
+    "block_indices": "eager",
+    "sinks": "eager",
+}
+
+
+def _refuse(dropout: float, others: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f'attn_implementation="onchip" has no dropout, got {dropout}: set the config\'s attention_dropout '
+            '(attn_pdrop, attention_probs_dropout_prob) to 0, or use attn_implementation="sdpa"'
+        )
+    for name in others.keys() & _REFUSED.keys():
+        if others[name] is not None and others[name] is not False:
+            _cannot(name, _REFUSED[name])
+
+
+def _cannot(what: str, instead: str) -> NoReturn:
+    raise ValueError(f'attn_implementation="onchip" has no {what}: attn_implementation="{instead}" has')
