@@ -114,8 +114,8 @@ class Features(NamedTuple):
     """What is known when a kernel is compiled.
 
     The widths are those of the tiles that hold the head dims. `left` and `right`: whether the window ends there.
-    `softcap`: whether there is one. `folded`: whether the factor of q·k, being positive and all that happens to it,
-    waits until the exponential. `precision`: of products in float32.
+    `softcap`, `dropout`: whether there is any. `folded`: whether the factor of q·k, being positive and all that happens
+    to it, waits until the exponential. `precision`: of products in float32.
     """
 
     group: int
@@ -128,23 +128,38 @@ class Features(NamedTuple):
     softcap: bool
     folded: bool
     precision: str
+    dropout: bool = False
 
 
 class Factors(NamedTuple):
-    """Numbers that multiply: logits are held in units of log 2, so that their exponential is exp2."""
+    """Numbers that multiply: logits are held in units of log 2, so that their exponential is exp2.
+
+    And dropout's: what is kept is multiplied by `kept`. The words of the seed and the threshold are of 32 bits, signed,
+    so that Triton takes every value for the same type.
+    """
 
     scale: float
     logit: float
     inner: float
     outer: float
+    kept: float
+    threshold: int
+    seed_low: int
+    seed_high: int
 
     @classmethod
-    def of(cls, scale: float, softcap: float) -> "Factors":
+    def of(cls, scale: float, softcap: float, dropout_p: float, seed: int) -> "Factors":
         """`inner` is of q·k inside tanh, `outer` of tanh, `logit` of q·k where there is no softcap."""
-        return cls(scale, scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E)
+        of_logits = (scale, scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E)
+        words = (_signed(int(dropout_p * 2**32)), _signed(seed % 2**32), _signed(seed // 2**32))
+        return cls(*of_logits, 1 / (1 - dropout_p), *words)
 
 
 LOG2E = math.log2(math.e)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
 
 
 def along_time(x: Tensor) -> Tensor:
