@@ -13,16 +13,28 @@ namespace onchip::ONCHIP_ISA {
 using attention::Problem;
 using attention::Sequence;
 
-// Ten rounds on as many counters as there are lanes. Words are the lower halves of lanes; the upper halves hold anything.
+constexpr uint64_t kPhilox0 = 0xD2511F53, kPhilox1 = 0xCD9E8D57;  // the words multiply by these
+
+// The words of the key that the seed gives a round.
+struct PhiloxKey {
+    uint32_t word0, word1;
+
+    PhiloxKey(uint64_t seed, int round)
+        : word0(uint32_t(seed) + round * 0x9E3779B9u), word1(uint32_t(seed >> 32) + round * 0xBB67AE85u) {}
+};
+
+// The last rounds on as many counters as there are lanes. Words are the lower halves of lanes; the upper halves hold
+// anything.
+template <int FROM>
 inline void philox(Wide (&c)[4], uint64_t seed) {
-    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
-        const Wide a = multiply_halves(c[0], broadcast_wide(0xD2511F53));
-        const Wide b = multiply_halves(c[2], broadcast_wide(0xCD9E8D57));
-        c[0] = (b >> 32) ^ c[1] ^ broadcast_wide(key0);
+    for (int round = FROM; round < 10; ++round) {
+        const PhiloxKey key(seed, round);
+        const Wide a = multiply_halves(c[0], broadcast_wide(kPhilox0));
+        const Wide b = multiply_halves(c[2], broadcast_wide(kPhilox1));
+        c[0] = (b >> 32) ^ c[1] ^ broadcast_wide(key.word0);
         c[1] = b;
-        c[2] = (a >> 32) ^ c[3] ^ broadcast_wide(key1);
+        c[2] = (a >> 32) ^ c[3] ^ broadcast_wide(key.word1);
         c[3] = a;
     }
 }
@@ -43,10 +55,15 @@ public:
 
     // What the row's probabilities are multiplied by, for `count` keys from `first`, a multiple of 4: 0 or 1 / (1 - p).
     const T* factors(int64_t query, int64_t head, int64_t first, int64_t count) {
+        if (head != head_ || first != first_ || count > count_) begin(head, first, count);
+        const PhiloxKey key0(seed_, 0), key1(seed_, 1), key2(seed_, 2);
+        const uint64_t row = kPhilox0 * (uint32_t(kPhilox1 * uint32_t(head) >> 32) ^ uint32_t(query) ^ key0.word0);
+        const Wide high = broadcast_wide((row >> 32) ^ key1.word1), low = broadcast_wide(uint32_t(row) ^ key2.word1);
         for (int64_t c = 0; c < count; c += kChunk) {
-            Wide words[4] = {broadcast_wide((first + c) / 4) + ascending(std::make_integer_sequence<int, kWideLanes>{}), broadcast_wide(query), broadcast_wide(head),
-                             broadcast_wide(sequence_)};
-            philox(words, seed_);
+            const Columns& known = columns_[c / kChunk];
+            const Wide b = multiply_halves(known.first ^ high, broadcast_wide(kPhilox1));
+            Wide words[4] = {(b >> 32) ^ known.second, b, known.third_high ^ low, known.third};
+            philox<3>(words, seed_);
             keep(words, factors_ + c);
         }
         return factors_;
@@ -64,6 +81,26 @@ private:
     using Bits = typename VecOf<T>::bits;
     static constexpr int kChunk = 4 * kWideLanes;  // keys
     static constexpr int64_t kMostKeys = 128;     // of a tile
+
+    // The first three rounds' products that a row has no part in: half of what those rounds cost.
+    struct Columns {
+        Wide first, second, third, third_high;
+    };
+
+    void begin(int64_t head, int64_t first, int64_t count) {
+        head_ = head;
+        first_ = first;
+        count_ = count;
+        const PhiloxKey key0(seed_, 0), key1(seed_, 1), key2(seed_, 2);
+        const uint32_t of_head = uint32_t(kPhilox1 * uint32_t(head));
+        for (int64_t c = 0; c < count; c += kChunk) {
+            const Wide fours = broadcast_wide((first + c) / 4) + ascending(std::make_integer_sequence<int, kWideLanes>{});
+            const Wide a = multiply_halves(fours, broadcast_wide(kPhilox0));
+            const Wide b = multiply_halves((a >> 32) ^ broadcast_wide(sequence_ ^ key0.word1), broadcast_wide(kPhilox1));
+            const Wide third = multiply_halves((b >> 32) ^ broadcast_wide(of_head ^ key1.word0), broadcast_wide(kPhilox0));
+            columns_[c / kChunk] = {a, b ^ broadcast_wide(key2.word0), third, third >> 32};
+        }
+    }
 
     // A counter's words become neighbours, as its keys are.
     void keep(const Wide (&words)[4], T* to) const {
@@ -103,6 +140,8 @@ private:
     const uint64_t seed_;
     const uint32_t sequence_, threshold_;
     const T scale_;
+    int64_t head_ = -1, first_ = -1, count_ = 0;  // what columns_ are of
+    Columns columns_[kMostKeys / kChunk];
     alignas(64) T factors_[kMostKeys + kChunk];
 };
 

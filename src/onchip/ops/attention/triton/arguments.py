@@ -134,8 +134,8 @@ class Features(NamedTuple):
 class Factors(NamedTuple):
     """Numbers that multiply: logits are held in units of log 2, so that their exponential is exp2.
 
-    And dropout's: what is kept is multiplied by `kept`. The words of the seed and the threshold are of 32 bits, signed,
-    so that Triton takes every value for the same type.
+    And dropout's: what is kept is multiplied by `kept`; the threshold and the seed's words, of 32 bits, come as
+    `_wrapped` has them.
     """
 
     scale: float
@@ -151,15 +151,16 @@ class Factors(NamedTuple):
     def of(cls, scale: float, softcap: float, dropout_p: float, seed: int) -> "Factors":
         """`inner` is of q·k inside tanh, `outer` of tanh, `logit` of q·k where there is no softcap."""
         of_logits = (scale, scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E)
-        words = (_signed(int(dropout_p * 2**32)), _signed(seed % 2**32), _signed(seed // 2**32))
+        words = (_wrapped(int(dropout_p * 2**32)), _wrapped(seed % 2**32), _wrapped(seed // 2**32))
         return cls(*of_logits, 1 / (1 - dropout_p), *words)
 
 
 LOG2E = math.log2(math.e)
 
 
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
+def _wrapped(word: int) -> int:
+    """Odd and above 2³²: for a 1, a multiple of 16 or another width Triton would compile the kernel anew."""
+    return 2**34 + 2 * word + 1
 
 
 def along_time(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.softmax import LN2
 
 
-@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right", "splits", "split_size", "factors"])
+@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right", "splits", "split_size"])
 def attend(
     q,
     k,

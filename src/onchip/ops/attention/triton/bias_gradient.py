@@ -8,7 +8,7 @@ from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "own_batch", "own_heads", "tq", "tk", "left", "right", "factors"])
+@triton.jit(do_not_specialize=["batch", "heads", "own_batch", "own_heads", "tq", "tk", "left", "right"])
 def grad_bias(
     q, k, v, grad_out, lse, delta, grad, bias, slopes, sinks, sequences,
     batch, heads, own_batch, own_heads, tq, tk, left, right, factors,

@@ -10,13 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
+def _unwrapped(word):
+    return (word >> 1) & 0xFFFFFFFF
+
+
+@triton.jit
 def kept(first, rows, place, factors, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """True where a probability stays, of the rows and of KEYS keys from `first`, a multiple of four.
 
     KEYS_FIRST: the tile is (keys, rows), and `rows` has the shape (1, rows).
     """
-    seed = (factors.seed_high.to(tl.int64) << 32) | (factors.seed_low.to(tl.int64) & 0xFFFFFFFF)
-    threshold = factors.threshold.to(tl.uint32, bitcast=True)
+    seed = (_unwrapped(factors.seed_high) << 32) | _unwrapped(factors.seed_low)
+    threshold = _unwrapped(factors.threshold).to(tl.uint32)
     fours = first // 4 + tl.arange(0, KEYS // 4)
     fours = tl.expand_dims(fours, 1 if KEYS_FIRST else 0)
     w0, w1, w2, w3 = tl.philox(seed, fours, rows.query, rows.head, place.b)

@@ -37,7 +37,7 @@ def deltas(out, grad_out, grad_lse, delta, rows, heads, times, F: tl.constexpr, 
     tl.store(delta.ptr + tiles.offsets(delta, b, time, head), result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right", "factors"])
+@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right"])
 def keys_and_values(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, bias, slopes, sinks, sequences,
     slots, heads_kv, tq, tk, left, right, factors,
@@ -96,7 +96,7 @@ def _rows(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right", "factors"])
+@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right"])
 def queries(
     q, k, v, grad_out, lse, delta, grad_q, grad_slopes, bias, slopes, sinks, sequences,
     slots, heads_kv, tq, tk, left, right, factors,
