@@ -64,8 +64,8 @@ def attention(
 
         Philox4x32-10(counter=(j // 4, i, h, b), key=(seed mod 2³², seed // 2³²))
 
-    is at least ⌊dropout_p · 2³²⌋, and else 0: the same entries on every device, with any tiles and threads. b counts
-    packed sequences too, and i and j begin at 0 in each, so that packing them changes nothing.
+    is at least ⌊dropout_p · 2³²⌋, and else 0: the same entries on every device, with any tiles and threads. Of packed
+    sequences b is the number, and i and j begin at 0 in each: they drop what the sequences of a batch drop.
 
     Args:
         q: `(B, Tq, H, D)`, or `(total_q, H, D)` with `cu_seqlens_q`; float64, float32, bfloat16 or float16; any
@@ -106,8 +106,8 @@ def attention(
     of the batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
     Dropout acts after the softmax: lse is of all logits.
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward (3.5 on a GPU, for sums without
-    atomics); memory for the output and B·H·Tq log-sum-exps. Differentiable in q, k, v, bias, alibi_slopes and sinks;
-    twice with `backend="reference"`.
+    atomics); memory for the output and B·H·Tq log-sum-exps. Dropout runs Philox once for four keys, backward again, and
+    stores no mask. Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
     Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691);

@@ -53,7 +53,8 @@ def keys_and_values(
     first_key = tile * BLOCK_N
     j = first_key + tl.arange(0, BLOCK_N)
     inside = j < place.tk
-    held = (first_key, j, load_keys(k, v, j, kv_head, place, F, True))
+    k_tile, v_tile = load_keys(k, v, j, kv_head, place, F, True)
+    held = (first_key, j, k_tile, v_tile)
     last = tl.minimum(first_key + BLOCK_N - 1, place.tk - 1)
     start, whole, ragged, stop = schedule.rows_seeing(first_key, last, place, window, F, BLOCK_M)
     HEAD_WIDTH: tl.constexpr = F.head_width
@@ -80,7 +81,7 @@ def _rows(
 ):  # fmt: skip
     """Add what the rows from start to stop give. Keys beyond the last go along: what they gather is not stored."""
     grad_k, grad_v = sums
-    first_key, j, (k_tile, v_tile) = held
+    first_key, j, k_tile, v_tile = held
     for first in range(start, stop, BLOCK_M):
         rows = scores.rows_of(first + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
         q_tile, grad_tile, lse, delta = load_rows(given, rows, place, F, MASKED)
