@@ -139,7 +139,7 @@ using Appended = std::pair<std::array<int64_t, 4>, std::array<std::optional<Desc
 
 void attention_with_cache(const Sizes& sizes, double scale, double softcap, const Cached& cached, const Paged& paged,
                           const Appended& appended, const Tensors& tensors) {
-    attention::Problem p = problem(sizes, scale, softcap, {}, {}, tensors);
+    attention::Problem p = problem(sizes, {scale, softcap, 0.0}, 0, {}, {}, tensors);
     for (attention::Sequence& s : p.sequences) {
         s.k_start = cached.first[s.index];
         s.k_length = cached.second[s.index];
