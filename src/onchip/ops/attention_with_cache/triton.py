@@ -59,5 +59,5 @@ def _cached(call: Call, q: Tensor, lengths: list[int] | None) -> CachedCall:
     settings = (call.left, call.right, call.scale, call.softcap, None, call.alibi_slopes, call.sinks, None, None)
     ends = call.cache_seqlens + call.added
     lasting = (q.shape[1], longest), _triton.architecture(q.device)
-    kept = {"ends": ends, "starts": call.cache_leftpad, "table": call.block_table}
-    return CachedCall(q, k, v, *settings, *lasting, **kept)
+    leftpad, table = call.cache_leftpad, call.block_table
+    return CachedCall(q, k, v, *settings, *lasting, ends=ends, starts=leftpad, table=table)
