@@ -79,8 +79,10 @@ Tensor tensor(const std::optional<Described>& d) {
 
 // (batch, Tq, Tk, heads, kv_heads, head_dim, value_dim, left, right, threads)
 using Sizes = std::array<int64_t, 10>;
+// (scale, softcap, dropout)
+using Settings = std::array<double, 3>;
 
-attention::Problem problem(const Sizes& n, double scale, double softcap, const std::vector<int64_t>& starts_q,
+attention::Problem problem(const Sizes& n, const Settings& settings, uint64_t seed, const std::vector<int64_t>& starts_q,
                            const std::vector<int64_t>& starts_k, const std::array<std::optional<Described>, 8>& tensors) {
     attention::Problem p;
     const bool packed = !starts_q.empty();
@@ -99,8 +101,10 @@ attention::Problem problem(const Sizes& n, double scale, double softcap, const s
     p.left = n[7];
     p.right = n[8];
     p.threads = int(n[9]);
-    p.scale = scale;
-    p.softcap = softcap;
+    p.scale = settings[0];
+    p.softcap = settings[1];
+    p.dropout = settings[2];
+    p.seed = seed;
     Tensor* const targets[] = {&p.q, &p.k, &p.v, &p.out, &p.lse, &p.bias, &p.slopes, &p.sinks};
     for (size_t i = 0; i < tensors.size(); ++i) *targets[i] = tensor(tensors[i]);
     return p;
@@ -108,17 +112,17 @@ attention::Problem problem(const Sizes& n, double scale, double softcap, const s
 
 using Tensors = std::array<std::optional<Described>, 8>;
 
-void attention_forward(const Sizes& sizes, double scale, double softcap, const std::vector<int64_t>& starts_q,
+void attention_forward(const Sizes& sizes, const Settings& settings, uint64_t seed, const std::vector<int64_t>& starts_q,
                        const std::vector<int64_t>& starts_k, const Tensors& tensors) {
-    const attention::Problem p = problem(sizes, scale, softcap, starts_q, starts_k, tensors);
+    const attention::Problem p = problem(sizes, settings, seed, starts_q, starts_k, tensors);
     nb::gil_scoped_release release;
     chosen.attention.forward(p);
 }
 
-void attention_backward(const Sizes& sizes, double scale, double softcap, const std::vector<int64_t>& starts_q,
+void attention_backward(const Sizes& sizes, const Settings& settings, uint64_t seed, const std::vector<int64_t>& starts_q,
                         const std::vector<int64_t>& starts_k, const Tensors& tensors, const Tensors& gradients,
                         const std::array<int64_t, 4>& bias_shape) {
-    const attention::Problem p = problem(sizes, scale, softcap, starts_q, starts_k, tensors);
+    const attention::Problem p = problem(sizes, settings, seed, starts_q, starts_k, tensors);
     attention::Gradients g{tensor(gradients[0]), tensor(gradients[1]), tensor(gradients[2]), tensor(gradients[3]),
                            tensor(gradients[4]), tensor(gradients[5]), {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]},
                            tensor(gradients[6]), tensor(gradients[7])};
@@ -135,7 +139,7 @@ using Appended = std::pair<std::array<int64_t, 4>, std::array<std::optional<Desc
 
 void attention_with_cache(const Sizes& sizes, double scale, double softcap, const Cached& cached, const Paged& paged,
                           const Appended& appended, const Tensors& tensors) {
-    attention::Problem p = problem(sizes, scale, softcap, {}, {}, tensors);
+    attention::Problem p = problem(sizes, {scale, softcap, 0.0}, 0, {}, {}, tensors);
     for (attention::Sequence& s : p.sequences) {
         s.k_start = cached.first[s.index];
         s.k_length = cached.second[s.index];

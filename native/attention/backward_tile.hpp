@@ -46,7 +46,8 @@ public:
     }
 
     // Reads the block of rows and computes P and dS = P ∘ (dP - δ) against the packed keys that begin at `first`; both
-    // are zero where a row does not see a key. `lse2` and `delta` are the (sequence, key head)'s.
+    // are zero where a row does not see a key. Dropout's factors go into dP and the P that is kept, and not into dS's
+    // own P. `lse2` and `delta` are the (sequence, key head)'s.
     void differentiate(const Scores<T>& scores, const Sequence& s, int64_t kv_head, Range rows, int64_t first,
                        const T* lse2, const T* delta) {
         rows_ = rows;
@@ -57,6 +58,7 @@ public:
         read_queries(p_, g_.out, s, kv_head, rows.begin, rows.end, p_.value_dim, T(1), grad_o_, o_pitch);
         multiply(q_, q_pitch, k_panels_, p_.head_dim, p_tile_);
         multiply(grad_o_, o_pitch, v_panels_, p_.value_dim, ds_tile_);
+        Dropout<T> dropout(p_, s);
         for (int64_t r = 0; r < count_; ++r) {
             T* const x = p_tile_ + r * s_pitch;
             T* const ds = ds_tile_ + r * s_pitch;
@@ -64,10 +66,20 @@ public:
             if (cut_ || !scores.plain())
                 scores.logits(rows.begin + r, first, columns_.begin, columns_.end, seen, x, cap_ + r * s_pitch, buffer_);
             const T base = lse2[rows.begin + r], shift = delta[rows.begin + r];
-            for (int64_t c = columns_.begin; c < columns_.end; c += kLanes<T>) {
-                const Vec<T> probability = exp2(load(x + c) - base);
-                store(x + c, probability);
-                store(ds + c, probability * (load(ds + c) - shift));
+            if (dropout) {
+                const T* const kept = dropout.factors(p_.query_of(rows.begin + r), scores.head(rows.begin + r),
+                                                      first + columns_.begin, columns_.end - columns_.begin);
+                for (int64_t c = columns_.begin; c < columns_.end; c += kLanes<T>) {
+                    const Vec<T> probability = exp2(load(x + c) - base), factor = load(kept + c - columns_.begin);
+                    store(x + c, probability * factor);
+                    store(ds + c, probability * (load(ds + c) * factor - shift));
+                }
+            } else {
+                for (int64_t c = columns_.begin; c < columns_.end; c += kLanes<T>) {
+                    const Vec<T> probability = exp2(load(x + c) - base);
+                    store(x + c, probability);
+                    store(ds + c, probability * (load(ds + c) - shift));
+                }
             }
             if (cut_) {  // products with hidden keys were never computed
                 std::fill(ds + columns_.begin, ds + std::clamp(seen.begin, columns_.begin, columns_.end), T(0));

@@ -17,6 +17,7 @@
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "dropout.hpp"
 #include "rows.hpp"
 #include "softmax.hpp"
 
@@ -133,6 +134,7 @@ public:
             const Range keys{first, std::min(first + keys_, unit.keys.end)};
             dots(s, unit.heads, keys);
             softmax(s, unit.heads, keys);
+            if (p_.dropout > 0) drop(s, unit.heads, keys);
             for (int64_t row = 0; row < all; ++row) {
                 if (factor_[row] == T(1)) continue;
                 for (int64_t d = 0; d < p_.value_dim; ++d) out[row * partials_.pitch + d] *= factor_[row];
@@ -212,6 +214,14 @@ private:
         }
         for (int64_t row = 0; row < all; row += kLanes<T>)
             absorb(run_.top + row, run_.sum + row, factor_ + row, s_ + row * keys_, keys_, 0, width);
+    }
+
+    void drop(const Sequence& s, Range heads, Range keys) {
+        Dropout<T> dropout(p_, s);
+        for (int64_t row = 0; row < (heads.end - heads.begin) * rows_; ++row) {
+            const int64_t r = row % rows_, head = (heads.begin + row / rows_) * p_.group + p_.member_of(r);
+            dropout.apply(p_.query_of(r), head, keys.begin, keys.end - keys.begin, s_ + row * keys_);
+        }
     }
 
     // out[row] += Σ_key s[row][key] · v[key], two keys at a time, as every sum is stored each time.

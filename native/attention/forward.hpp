@@ -18,6 +18,7 @@
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "dropout.hpp"
 #include "rows.hpp"
 #include "softmax.hpp"
 
@@ -65,6 +66,7 @@ public:
     void run(const ForwardUnit& unit) {
         const Sequence& s = p_.sequences[unit.sequence];
         const Scores<T> scores(p_, s, unit.kv_head);
+        Dropout<T> dropout(p_, s);
         const int64_t rows = unit.rows.end - unit.rows.begin;
         read_queries(p_, p_.q, s, unit.kv_head, unit.rows.begin, unit.rows.end, p_.head_dim, T(query_factor(p_)), q_,
                      q_pitch_);
@@ -75,7 +77,7 @@ public:
         for (int64_t first = seen_[0].begin / keys_ * keys_; first < seen_[rows - 1].end; first += keys_) {
             pack(s, unit.kv_head, first, std::min(first + keys_, s.k_length));
             for (int64_t r = 0; r < rows; r += kBlockRows)
-                block(scores, unit.rows.begin, {r, std::min(r + kBlockRows, rows)}, first);
+                block(scores, dropout, unit.rows.begin, {r, std::min(r + kBlockRows, rows)}, first);
         }
         for (int64_t r = 0; r < rows; ++r)
             finish_row(p_, s, unit.kv_head, unit.rows.begin + r, run_.top[r], run_.sum[r], o_ + r * o_pitch_);
@@ -89,7 +91,7 @@ private:
     }
 
     // One block of rows against the packed tile of keys that begins at `first`.
-    void block(const Scores<T>& scores, int64_t unit_begin, Range rows, int64_t first) {
+    void block(const Scores<T>& scores, Dropout<T>& dropout, int64_t unit_begin, Range rows, int64_t first) {
         const Range none{0, 0};
         const int64_t begin = std::max<int64_t>(seen_[rows.begin].begin - first, 0) / kPanel<T> * kPanel<T>;
         const int64_t end = std::min<int64_t>(seen_[rows.end - 1].end - first, keys_);
@@ -110,6 +112,11 @@ private:
         }
         for (int64_t r = rows.begin; r < rows.end; r += kLanes<T>)  // a last few rows may be nobody's
             absorb(run_.top + r, run_.sum + r, factor_ + r - rows.begin, s + r * s_pitch_, s_pitch_, columns.begin, columns.end);
+        if (dropout) {
+            for (int64_t r = rows.begin; r < rows.end; ++r)
+                dropout.apply(p_.query_of(unit_begin + r), scores.head(unit_begin + r), first + columns.begin,
+                              columns.end - columns.begin, s + r * s_pitch_ + columns.begin);
+        }
         product<Into::scale>(rows, {0, round_up(p_.value_dim, kPanel<T>)}, Left<T>{s, s_pitch_, 1},
                       Right<T>{v_rows_, kPanel<T>, o_pitch_}, Result<T>{o_, o_pitch_, factor_ - rows.begin}, [&](int64_t row, int count, int64_t) {
                           return cut ? Range{std::max(begin, seen_[row].begin - first),

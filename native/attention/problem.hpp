@@ -33,6 +33,8 @@ struct Problem {
     int64_t heads, kv_heads, group, head_dim, value_dim;  // group: heads / kv_heads
     int64_t left, right;  // the window's reach, -1 for unbounded
     double scale, softcap;
+    double dropout;       // the probability of being dropped
+    uint64_t seed;        // of the mask
     Tensor q, k, v;       // (batch, time, heads, dim)
     Tensor bias;          // (batch, heads, query, key); optional, as the next two
     Tensor slopes;        // (batch, heads) in the type of the arithmetic

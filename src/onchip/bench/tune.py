@@ -110,7 +110,7 @@ def launches_of(entry: Entry, device: torch.device) -> Callable[[Blocks], list[L
     return lambda shape: [launches.bias(shaped(shape), saved, grad, per_query=True, per_key=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Shaped(launches.Call):
     """A call whose tiles have this shape and not the table's."""
 

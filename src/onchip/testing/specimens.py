@@ -80,7 +80,7 @@ def _paged_decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Lau
     q, k, v = _meta((8, 1, 32, dim), (4096, 16, 8, dim), (4096, 16, 8, dim), dtype=dtype)
     ends, table = _meta((8,), (8, 4096), dtype=torch.int32)
     settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (1, 65536), architecture)
-    call = CachedCall(q, k, v, *settings, ends, None, table)
+    call = CachedCall(q, k, v, *settings, ends=ends, starts=None, table=table)
     return launches.attend(call, torch.empty_like(q), _float32(8, 32, 1))[:1]
 
 

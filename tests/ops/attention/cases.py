@@ -99,6 +99,8 @@ def _settings(draw: st.DrawFn, tk: int) -> dict[str, Any]:
         "window": st.one_of(st.none(), st.tuples(side, side)),
         "scale": st.sampled_from([None, None, 0.0, 0.3, -0.2]),
         "softcap": st.sampled_from([0.0, 0.0, 1.5, 30.0]),
+        "dropout_p": st.sampled_from([0.0, 0.0, 0.1, 0.9]),
+        "seed": st.sampled_from([0, 1, 2**63 - 1]),
     }
     return {name: draw(values) for name, values in choices.items()}
 

@@ -22,6 +22,7 @@ CALLS = {
     "packed": lambda: randn_case(
         9, 8, 2, cu_seqlens_q=torch.tensor([0, 2, 9]), cu_seqlens_k=torch.tensor([0, 8, 8], dtype=torch.int32)
     ),
+    "dropout": lambda: randn_case(2, 5, 7, 4, kv_heads=2, dropout_p=0.5, seed=3, sinks=torch.randn(4)),
     "no sequence": lambda: randn_case(0, 3, 4, 2, sinks=torch.randn(2)),
 }
 
@@ -32,7 +33,8 @@ def op_arguments(call: Case) -> tuple:
     ends = [-1 if end is None else end for end in (left, 0 if call["causal"] else right)]
     settings = (*ends, call["scale"] or 0.5, call["softcap"] or 0.0)
     starts = [call["cu_seqlens_q"], call["cu_seqlens_k"]]
-    return (*(call[n] for n in "qkv"), *settings, *(call[n] for n in DIFFERENTIABLE[3:]), *starts)
+    dropout = (call["dropout_p"] or 0.0, call["seed"] or 0)
+    return (*(call[n] for n in "qkv"), *settings, *(call[n] for n in DIFFERENTIABLE[3:]), *starts, *dropout)
 
 
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)

@@ -1,5 +1,7 @@
 """What attention refuses, and that its sentence names the argument, what was expected and what came."""
 
+import math
+
 import pytest
 import torch
 
@@ -74,6 +76,15 @@ WRONG = {
     "sinks shape": ({"sinks": torch.ones(2, 4)}, ValueError, ["sinks must have shape (4,)", "(2, 4)"]),
     "sinks per key head": ({"sinks": torch.ones(2)}, ValueError, ["sinks must have shape (4,)", "(2,)"]),
     "boolean sinks": ({"sinks": torch.ones(4).bool()}, TypeError, ["sinks must be floating", "bool"]),
+    "everything dropped": ({"dropout_p": 1}, ValueError, ["dropout_p must be at least 0 and below 1", "1"]),
+    "negative dropout_p": ({"dropout_p": -0.1}, ValueError, ["dropout_p must be at least 0 and below 1", "-0.1"]),
+    "dropout_p NaN": ({"dropout_p": math.nan}, ValueError, ["dropout_p must be at least 0 and below 1", "nan"]),
+    "dropout_p a tensor": ({"dropout_p": torch.tensor(0.1)}, TypeError, ["dropout_p must be a number", "Tensor"]),
+    "dropout_p a truth": ({"dropout_p": True}, TypeError, ["dropout_p must be a number", "bool"]),
+    "negative seed": ({"seed": -1}, ValueError, ["seed must be at least 0 and below 2**63", "-1"]),
+    "seed too large": ({"seed": 2**63}, ValueError, ["seed must be at least 0 and below 2**63", str(2**63)]),
+    "fractional seed": ({"seed": 1.0}, TypeError, ["seed must be an integer or None", "float"]),
+    "seed a truth": ({"seed": True}, TypeError, ["seed must be an integer or None", "bool"]),
     "backend": (
         {"backend": "cuda"},
         ValueError,
@@ -180,8 +191,8 @@ def test_refused_under_autocast_alike(name):
 
 
 def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match="dropout_p"):
-        onchip.attention(Q, K, K, dropout_p=0.1)
+    with pytest.raises(TypeError, match="deterministic"):
+        onchip.attention(Q, K, K, deterministic=True)
     with pytest.raises(TypeError, match="positional"):
         onchip.attention(Q, K, K, True)
 

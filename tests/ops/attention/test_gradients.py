@@ -36,6 +36,8 @@ CALLS = {
     "slopes per sequence": lambda: randn_case(2, 4, 5, 2, alibi_slopes=randn(2, 2), window=(None, 2)),
     "sinks": lambda: randn_case(2, 4, 5, 2, sinks=randn(2), causal=True),
     "everything": lambda: gradients_of_everything(2, 3, 4, 4, kv_heads=2, softcap=3.0, causal=True),
+    "dropout": lambda: gradients_of_everything(2, 4, 5, 4, kv_heads=2, dropout_p=0.4, seed=1, causal=True),
+    "decoding with dropout": lambda: gradients_of_everything(2, 1, 9, 4, kv_heads=1, dim=8, dropout_p=0.4, seed=2),
     "decoding": lambda: gradients_of_everything(2, 1, 9, 4, kv_heads=1, dim=8, window=(6, 0)),
     "packed": lambda: gradients_of_everything(
         9,

@@ -80,6 +80,7 @@ def two_heads_of(results: dict[str, torch.Tensor], names: dict[str, slice]) -> d
 @settings(max_examples=25)
 def test_packed_is_one_by_one(backend, dtype, data):
     call = data.draw(cases.packed(dtype))
+    call.arguments["dropout_p"] = 0.0  # whose mask depends on the sequence's number: see test_dropout.py
     together = run(call, backend)
     starts_q = call["cu_seqlens_q"].tolist()
     starts_k = starts_q if call["cu_seqlens_k"] is None else call["cu_seqlens_k"].tolist()

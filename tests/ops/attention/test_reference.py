@@ -36,7 +36,8 @@ def by_hand(call: Case) -> tuple[torch.Tensor, torch.Tensor]:
             top = max(terms)
             lse[b, h, i] = top + math.log(math.fsum(math.exp(s - top) for s in terms))
         for j, logit in logits.items():
-            out[b, i, h] += math.exp(logit - lse[b, h, i]) * v[b, j, kv_head]
+            kept = kept_by_hand(call, b, h, i, j)
+            out[b, i, h] += kept * math.exp(logit - lse[b, h, i]) * v[b, j, kv_head]
     return torch.from_numpy(out), torch.from_numpy(lse)
 
 
@@ -57,6 +58,18 @@ def logit_by_hand(call: Case, b: int, h: int, i: int, j: int, t: float) -> float
         bias = call["bias"].expand(shape)[b, h, i, j].item()
         return t + bias if call["bias"].dtype != torch.bool else t if bias else -math.inf
     return t
+
+
+def kept_by_hand(call: Case, b: int, h: int, i: int, j: int) -> float:
+    """What the probability is multiplied by: 0 where dropped."""
+    if not call["dropout_p"]:
+        return 1.0
+    word, x, key = 2**32, [j // 4, i, h, b], [call["seed"] % 2**32, call["seed"] // 2**32]
+    for _ in range(10):
+        first, second = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
+        x = [second // word ^ x[1] ^ key[0], second % word, first // word ^ x[3] ^ key[1], first % word]
+        key = [(key[0] + 0x9E3779B9) % word, (key[1] + 0xBB67AE85) % word]
+    return 0.0 if x[j % 4] < math.floor(call["dropout_p"] * word) else 1 / (1 - call["dropout_p"])
 
 
 def small(call: Case) -> bool:
@@ -81,6 +94,8 @@ def test_the_last_query_sees_the_last_key(tq, tk):
 @given(call=cases.packed(F64))
 @settings(max_examples=40)
 def test_packed_is_one_by_one(call):
+    call.arguments["dropout_p"] = 0.0  # whose mask depends on the sequence's number: see test_dropout.py
+
     def one_by_one(*, q, k, v, cu_seqlens_q, cu_seqlens_k=None, bias=None, alibi_slopes=None, **more):
         starts = [cu.tolist() for cu in (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)]
         outs, lses = [q[:0, :, :1].expand(-1, -1, v.shape[-1])], [q[:0, :, 0].T]

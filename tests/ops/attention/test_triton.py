@@ -315,7 +315,20 @@ def test_gradients_of_one_element_for_all():
 
 def test_opcheck():
     arguments = [x.requires_grad_() for x in (torch.randn(1, n, 2, 16, device=DEVICE) for n in (5, 7, 7))]
-    settings = (-1, 0, 0.25, 0.0, torch.randn(5, 7, device=DEVICE).requires_grad_(), None, None, None, None, "triton")
+    settings = (
+        -1,
+        0,
+        0.25,
+        0.0,
+        torch.randn(5, 7, device=DEVICE).requires_grad_(),
+        None,
+        None,
+        None,
+        None,
+        0.5,
+        7,
+        "triton",
+    )
     torch.library.opcheck(torch.ops.onchip.attention.default, (*arguments, *settings))
 
 

@@ -62,6 +62,8 @@ def eager(
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention as one writes it in a few lines of PyTorch: every step in q's dtype."""
     dtype, group = q.dtype, q.shape[2] // k.shape[2]
@@ -84,6 +86,7 @@ def eager(
     empty = (s == -torch.inf).all(-1)
     s = s.masked_fill(empty[..., None], 0.0)
     p = torch.softmax(s, -1).masked_fill(empty[..., None], 0.0)[..., : k.shape[1]]
+    p = p * reference.Dropout(dropout_p, seed).kept(p.shape) / (1 - dropout_p)
     lse = torch.logsumexp(s, -1) if s.shape[-1] else s.sum(-1)
     return torch.einsum("bhij,bjhd->bihd", p, v), lse.masked_fill(empty, -torch.inf)
 
@@ -108,15 +111,17 @@ def _terms(case: Case, *, grown: bool = False) -> dict[str, Tensor]:
         growth = 1 + _logit_magnitudes(case, scale * torch.einsum("bihd,bjhd->bhij", q, k), p)
         p, sink_p, lse = p * growth[..., None], sink_p * growth, growth
     grad = case.grad_out.abs()
-    out = torch.einsum("bhij,bjhd->bihd", p, v)
+    dropout_p = case["dropout_p"] or 0.0
+    kept = reference.Dropout(dropout_p, case["seed"] or 0).kept(p.shape) / (1 - dropout_p)
+    out = torch.einsum("bhij,bjhd->bihd", p * kept, v)
     delta = (grad * out).sum(-1).transpose(1, 2) + case.grad_lse.abs()
-    ds = p * (torch.einsum("bihd,bjhd->bhij", grad, v) + delta[..., None])
+    ds = p * (torch.einsum("bihd,bjhd->bhij", grad, v) * kept + delta[..., None])
     terms = {
         "out": out,
         "lse": lse,
         "q": scale * torch.einsum("bhij,bjhd->bihd", ds, k),
         "k": scale * torch.einsum("bhij,bihd->bjhd", ds, q).unflatten(2, (-1, group)).sum(3),
-        "v": torch.einsum("bhij,bihd->bjhd", p, grad).unflatten(2, (-1, group)).sum(3),
+        "v": torch.einsum("bhij,bihd->bjhd", p * kept, grad).unflatten(2, (-1, group)).sum(3),
         "sinks": (sink_p * delta).sum((0, 2)),
     }
     if case["alibi_slopes"] is not None:

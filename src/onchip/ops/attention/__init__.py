@@ -44,6 +44,8 @@ def attention(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Exact softmax attention, in memory linear in the sequence length.
@@ -54,9 +56,16 @@ def attention(
         t[i, j] = scale · q[i] · k[j]
         s[i, j] = softcap · tanh(t[i, j] / softcap) - slope[h] · |p - j| + bias[h, i, j]      (-inf where masked)
         lse[i]  = log(Σ_j exp s[i, j] + exp sink[h])
-        out[i]  = Σ_j exp(s[i, j] - lse[i]) · v[j]
+        out[i]  = Σ_j kept[i, j] / (1 - dropout_p) · exp(s[i, j] - lse[i]) · v[j]
 
     The softcap, slope, bias and sink terms are there only where the arguments are. A row that sees nothing gives zeros.
+
+    kept is 1 without dropout. With it, kept[i, j] of sequence b and query head h is 1 where word j % 4 of
+
+        Philox4x32-10(counter=(j // 4, i, h, b), key=(seed mod 2³², seed // 2³²))
+
+    is at least ⌊dropout_p · 2³²⌋, and else 0: the same entries on every device, with any tiles and threads. Of packed
+    sequences b is the number, and i and j begin at 0 in each: they drop what the sequences of a batch drop.
 
     Args:
         q: `(B, Tq, H, D)`, or `(total_q, H, D)` with `cu_seqlens_q`; float64, float32, bfloat16 or float16; any
@@ -77,6 +86,10 @@ def attention(
         cu_seqlens_q: `(B + 1,)` int32 or int64, from 0 to total_q, not descending: sequence b is rows
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`.
         cu_seqlens_k: the same for k and v; by default `cu_seqlens_q`.
+        dropout_p: the probability, in [0, 1), with which each attention probability is dropped.
+        seed: of the dropped entries, 0 ≤ seed < 2⁶³; by default drawn from PyTorch's default generator for the CPU, so
+            that `torch.manual_seed` governs it. Under `torch.compile(fullgraph=True)` and `torch.export` it must be
+            given where there is dropout.
         backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
             the fastest that can. See `onchip.explain`.
 
@@ -91,12 +104,14 @@ def attention(
     a 16-bit type; on a GPU they are, before they meet v, as in FlashAttention, and float32 products there are exact
     unless PyTorch's own may use TF32. The same bits on every run, and a row's bits do not depend on the rest of the
     batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
+    Dropout acts after the softmax: lse is of all logits.
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward (3.5 on a GPU, for sums without
-    atomics); memory for the output and B·H·Tq log-sum-exps. Differentiable in q, k, v, bias, alibi_slopes and sinks;
-    twice with `backend="reference"`.
+    atomics); memory for the output and B·H·Tq log-sum-exps. Dropout runs Philox once for four keys, backward again, and
+    stores no mask. Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
     Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
-    Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691).
+    Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691);
+    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), for Philox.
     Here the causal mask is aligned bottom-right (PyTorch's `is_causal` is top-left), empty rows give lse = -inf, and
     gradients flow through lse.
 
@@ -118,6 +133,8 @@ def attention(
         sinks=sinks,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        dropout_p=dropout_p,
+        seed=seed,
         backend=backend,
     )[0]
 
@@ -136,6 +153,8 @@ def attention_with_lse(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` together with its log-sum-exp, through which gradients flow too.
@@ -158,6 +177,7 @@ def attention_with_lse(
         cu_seqlens_k = cu_seqlens_q
     left, right = checks.reach(causal, window)
     checks.check_factors(scale, softcap)
+    dropout_p, seed = checks.dropout(dropout_p, seed)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if bias is not None or alibi_slopes is not None or sinks is not None:
@@ -178,9 +198,12 @@ def attention_with_lse(
             sinks=sinks,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
         )
     settings = (left, right, float(scale), float(softcap))
-    return op.attention(q, k, v, *settings, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, backend)
+    optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, backend)
+    return op.attention(q, k, v, *settings, *optional)
 
 
 for _function in (attention, attention_with_lse):

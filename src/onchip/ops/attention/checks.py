@@ -50,6 +50,24 @@ def check_factors(scale: float | None, softcap: float) -> None:
         raise ValueError(f"softcap must be finite and not negative (0 for none), got {softcap}")
 
 
+def dropout(dropout_p: float, seed: int | None) -> tuple[float, int]:
+    """The probability and the seed of the mask, drawn from PyTorch's default generator where none is given."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, float | int | numbers.Real):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if seed is None:
+        seed = int(torch.randint(_SEEDS, ()).item()) if dropout_p > 0 else 0
+    elif isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed must be an integer or None, got {type(seed).__name__}")
+    elif not 0 <= seed <= _SEEDS:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
+    return float(dropout_p), seed
+
+
+_SEEDS = (1 << 63) - 1  # 2**63 itself is no number of 64 bits
+
+
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
     """q, k, v and the boundaries fit each other in type, rank and shape."""
     packed = cu_seqlens_q is not None

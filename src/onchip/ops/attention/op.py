@@ -19,8 +19,9 @@ from onchip.ops.attention.outputs import gradients_like, output_like
 
 _OPTIONAL = (
     "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, str? backend=None"
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float dropout_p=0.0, SymInt seed=0, str? backend=None"
 )
+_DEFAULTS = (None, None, None, None, None, 0.0, 0, None)
 
 library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, "
@@ -86,6 +87,8 @@ def _(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     return output_like(q, k, v, cu_seqlens_q)
@@ -109,6 +112,8 @@ def _(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     backend: str | None = None,
     *,
     bias_grad: bool = False,
@@ -140,9 +145,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, left, right, scale, softcap, *optional, ctx.backend = inputs
+        q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend = inputs
         ctx.save_for_backward(*output, q, k, v, *optional)
         ctx.settings = (left, right, scale, softcap)
+        ctx.more = (dropout_p, seed, backend)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -152,7 +158,7 @@ class _Attention(torch.autograd.Function):
             return (None,) * _ARGUMENTS
         needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, ctx.backend)
+        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
         if not torch.compiler.is_compiling() and _in_torch_func_grad():
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
@@ -160,7 +166,7 @@ class _Attention(torch.autograd.Function):
             grads = _attention_backward(*args, **asked)
         wanted = (*ctx.needs_input_grad[:3], needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return (*kept[:3], None, None, None, None, *kept[3:], None, None, None)
+        return (*kept[:3], None, None, None, None, *kept[3:], None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -200,7 +206,7 @@ def _no_second_derivative() -> None:
 def _attention_autograd(*args: Any) -> Any:
     if _needs_grad(args):
         # The dispatcher leaves defaulted arguments out; autograd.Function wants them all.
-        return _Attention.apply(*args, *(None,) * (_ARGUMENTS - len(args)))  # type: ignore[no-untyped-call]
+        return _Attention.apply(*args, *_DEFAULTS[len(args) - 7 :])  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return _attention(*args)
 

@@ -5,6 +5,8 @@ that is the price of being readable.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ def attention_with_lse(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp, as `onchip.attention_with_lse` defines them; arguments already checked.
 
@@ -31,19 +35,20 @@ def attention_with_lse(
     in float64 for float64 inputs.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dropout = None if dropout_p == 0 else Dropout(dropout_p, seed)
     if cu_seqlens_q is None:
-        return _dense(q, k, v, left, right, scale, softcap, bias, alibi_slopes, sinks)
+        return _dense(q, k, v, left, right, scale, softcap, bias, alibi_slopes, sinks, dropout)
     assert cu_seqlens_k is not None
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     # An empty sequence first, so that no sequences at all give outputs too, with a gradient.
-    out, lse = _dense(q[None, :0], k[None, :0], v[None, :0], left, right, scale, softcap, None, None, None)
+    out, lse = _dense(q[None, :0], k[None, :0], v[None, :0], left, right, scale, softcap, None, None, None, None)
     outs, lses = [out[0]], [lse[0]]
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
         bias_b = None if bias is None else _corner(bias, b, q1 - q0, k1 - k0)
         slopes_b = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b]
-        out, lse = _dense(
-            q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], left, right, scale, softcap, bias_b, slopes_b, sinks
-        )
+        dropout_b = None if dropout is None else dropout._replace(first_sequence=b)
+        rows = (q[None, q0:q1], k[None, k0:k1], v[None, k0:k1])
+        out, lse = _dense(*rows, left, right, scale, softcap, bias_b, slopes_b, sinks, dropout_b)
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, dim=1)
@@ -110,6 +115,7 @@ def _dense(
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    dropout: "Dropout | None",
 ) -> tuple[Tensor, Tensor]:
     p, lse = attention_matrix(
         q,
@@ -122,8 +128,46 @@ def _dense(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
     )
+    if dropout is not None:
+        p = p * dropout.kept(p.shape, p.device) / (1 - dropout.p)
     values = _compute(v).repeat_interleave(q.shape[2] // max(k.shape[2], 1), dim=2)
     return torch.einsum("bhij,bjhd->bihd", p, values).to(q.dtype), lse
+
+
+class Dropout(NamedTuple):
+    """Which probabilities are dropped, p of them, as the seed says; `first_sequence`: the number of the first here."""
+
+    p: float
+    seed: int
+    first_sequence: int = 0
+
+    def kept(self, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """True where a probability stays, of (B, H, Tq, Tk)."""
+        batch, heads, tq, tk = shape
+        b = self.first_sequence + torch.arange(batch, device=device)[:, None, None, None]
+        h = torch.arange(heads, device=device)[:, None, None]
+        i = torch.arange(tq, device=device)[:, None]
+        words = philox((torch.arange(-(-tk // 4), device=device), i, h, b), self.seed)
+        return torch.stack(words, dim=-1).flatten(-2)[..., :tk] >= int(self.p * 2**32)
+
+
+def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+    """Philox 4x32-10 (Salmon et al., SC 2011): four words of 32 bits, as int64, for each counter of four."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed % 2**32, seed // 2**32
+    for _ in range(10):
+        high0, low0 = _product(0xD2511F53, c0)
+        high1, low1 = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) % 2**32, (key1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower word of the product of two words. In halves, as its 64 bits do not fit into an int64."""
+    low = a * (b & 0xFFFF)
+    middle = a * (b >> 16) + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _corner(bias: Tensor, b: int, tq: int, tk: int) -> Tensor:

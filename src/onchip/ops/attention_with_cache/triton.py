@@ -16,7 +16,7 @@ from onchip.ops.attention_with_cache.append import append
 from onchip.ops.attention_with_cache.arguments import Call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedCall(launches.Call):
     """A call whose rows hold the keys from `starts`, if given, to `ends`; in the pages of `table`, if given."""
 
@@ -59,4 +59,5 @@ def _cached(call: Call, q: Tensor, lengths: list[int] | None) -> CachedCall:
     settings = (call.left, call.right, call.scale, call.softcap, None, call.alibi_slopes, call.sinks, None, None)
     ends = call.cache_seqlens + call.added
     lasting = (q.shape[1], longest), _triton.architecture(q.device)
-    return CachedCall(q, k, v, *settings, *lasting, ends, call.cache_leftpad, call.block_table)
+    leftpad, table = call.cache_leftpad, call.block_table
+    return CachedCall(q, k, v, *settings, *lasting, ends=ends, starts=leftpad, table=table)

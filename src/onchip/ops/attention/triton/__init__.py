@@ -2,7 +2,7 @@
 
 `arguments` says what the kernels are given, `launches` builds each pass. The kernels (`attend`, `gradients`,
 `bias_gradient`) are made of parts with one subject each: `schedule` (which tile, which keys), `tiles` (memory),
-`scores` (logits and mask), `softmax`. Every sum has one order: the same bits on every run.
+`scores` (logits and mask), `softmax`, `dropout`. Every sum has one order: the same bits on every run.
 """
 
 from typing import Any
@@ -71,6 +71,8 @@ def _call(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> Call:
     """The op's arguments, of which the first are the op's own and the defaulted ones may be missing."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -79,7 +81,7 @@ def _call(
         lengths = longest(q, k, bias, cu_seqlens_q, cu_seqlens_k)
     q, k, v = along_time(q), along_time(k), along_time(v)
     settings = (left, right, scale, softcap, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    return Call(q, k, v, *settings, lengths, _triton.architecture(q.device))
+    return Call(q, k, v, *settings, lengths, _triton.architecture(q.device), dropout_p, seed)
 
 
 def _bias_gradient(call: Call, saved: Saved) -> Tensor:

@@ -123,8 +123,8 @@ class Features(NamedTuple):
     """What is known when a kernel is compiled.
 
     The widths are those of the tiles that hold the head dims. `left` and `right`: whether the window ends there.
-    `softcap`: whether there is one. `folded`: whether the factor of q·k, being positive and all that happens to it,
-    waits until the exponential. `precision`: of products in float32.
+    `softcap`, `dropout`: whether there is any. `folded`: whether the factor of q·k, being positive and all that happens
+    to it, waits until the exponential. `precision`: of products in float32.
     """
 
     group: int
@@ -137,23 +137,39 @@ class Features(NamedTuple):
     softcap: bool
     folded: bool
     precision: str
+    dropout: bool = False
 
 
 class Factors(NamedTuple):
-    """Numbers that multiply: logits are held in units of log 2, so that their exponential is exp2."""
+    """Numbers that multiply: logits are held in units of log 2, so that their exponential is exp2.
+
+    And dropout's: what is kept is multiplied by `kept`; the threshold and the seed's words, of 32 bits, come as
+    `_wrapped` has them.
+    """
 
     scale: float
     logit: float
     inner: float
     outer: float
+    kept: float
+    threshold: int
+    seed_low: int
+    seed_high: int
 
     @classmethod
-    def of(cls, scale: float, softcap: float) -> "Factors":
+    def of(cls, scale: float, softcap: float, dropout_p: float, seed: int) -> "Factors":
         """`inner` is of q·k inside tanh, `outer` of tanh, `logit` of q·k where there is no softcap."""
-        return cls(scale, scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E)
+        of_logits = (scale, scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E)
+        words = (_wrapped(int(dropout_p * 2**32)), _wrapped(seed % 2**32), _wrapped(seed // 2**32))
+        return cls(*of_logits, 1 / (1 - dropout_p), *words)
 
 
 LOG2E = math.log2(math.e)
+
+
+def _wrapped(word: int) -> int:
+    """Odd and above 2³²: for a 1, a multiple of 16 or another width Triton would compile the kernel anew."""
+    return 2**34 + 2 * word + 1
 
 
 def along_time(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ GPU: where it stands against the floor is not known.
 import triton
 import triton.language as tl
 
-from onchip.ops.attention.triton import pages, schedule, scores, softmax, tiles
+from onchip.ops.attention.triton import dropout, pages, schedule, scores, softmax, tiles
 from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.softmax import LN2
@@ -78,6 +78,8 @@ def attend(
 
     maximum, total, weighted = carry
     share, logarithm = softmax.finish(maximum, total)
+    if F.dropout:
+        share *= factors.kept
     out_start, lse_start = tiles.offsets(out, place.b, time, rows.head), tiles.offsets(lse, place.b, time, rows.head)
     if SPLIT:
         out_start += split.to(tl.int64) * out.split
@@ -108,6 +110,8 @@ def _keys(
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)
         s = scores.logits(products, along, j[None, :], terms, place, window, factors, F, MASKED)
         p, maximum, total, shrink = softmax.step(maximum, total, s, factor)
+        if F.dropout:
+            p = tl.where(dropout.kept(first, along, place, factors, BLOCK_N, False), p, 0.0)
         v_start = tiles.offsets(v, b, time, kv_head)
         v_tile = tiles.load(v, v_start, inside, F.value_dim, F.value_width, MASKED)
         weighted = tl.dot(p.to(v_tile.dtype), v_tile, weighted * shrink[:, None], input_precision=F.precision)

@@ -78,7 +78,7 @@ def _head(
             k_tile, v_tile = gradients.load_keys(k, v, j, head // F.group, place, F, True)
             _products, _p, grad_s = gradients.score_gradient(
                 q_tile, k_tile, grad_tile, v_tile, lse[:, None], delta[:, None],
-                along, j[None, :], terms, place, window, factors, F, True,
+                along, first_j, j[None, :], terms, place, window, factors, F, True,
             )  # fmt: skip
             if PER_QUERY and PER_KEY:
                 total += grad_s

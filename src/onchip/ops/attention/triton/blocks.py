@@ -62,9 +62,9 @@ _INTERPRETER = Blocks(32, 64, 1, 1)  # several tiles over the few rows that a te
 def blocks(architecture: str, of: Pass, head_dim: int, itemsize: int, *, terms: bool) -> Blocks:
     """The tile for a pass over heads of this dim and elements of this size.
 
-    `terms`: whether logits are more than scaled products. What is added takes registers, so their tile is that of heads
-    twice as wide; the bias's gradient has it in its own table already. So is the tile of heads of 256 where there are
-    99 KB of shared memory and not 163.
+    `terms`: whether logits are more than scaled products, or probabilities are dropped. That takes registers, so the
+    tile is that of heads twice as wide; the bias's gradient has it in its own table already. So is the tile of heads of
+    256 where there are 99 KB of shared memory and not 163.
 
     >>> blocks("sm_90", "forward", 128, 2, terms=False)
     Blocks(rows=128, keys=128, warps=8, stages=2)

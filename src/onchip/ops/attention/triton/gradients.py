@@ -6,7 +6,8 @@ Each recomputes the probabilities p from the saved log-sum-exp. With
     grad_s[i, j] = p[i, j] · (grad_out[i] · v[j] - delta[i])
 
 the gradients are grad_v[j] = Σ_i p[i, j] · grad_out[i], grad_k[j] = scale · Σ_i grad_s[i, j] · q[i] and
-grad_q[i] = scale · Σ_j grad_s[i, j] · k[j], the softcap's derivative times grad_s in the last two. That is 7 matrix
+grad_q[i] = scale · Σ_j grad_s[i, j] · k[j], the softcap's derivative times grad_s in the last two. Dropout's factors
+multiply grad_v's p and the product with v[j], which here are zeroed where dropped and scaled. That is 7 matrix
 products a tile where 5 would do if the kernels shared theirs; for it the sums have one order, the same on every run.
 The floor is these products: twice the forward's for keys and values, 1.5 times for queries. The kernels have been
 compiled and interpreted, and not run on a GPU.
@@ -15,7 +16,7 @@ compiled and interpreted, and not run on a GPU.
 import triton
 import triton.language as tl
 
-from onchip.ops.attention.triton import schedule, scores, tiles
+from onchip.ops.attention.triton import dropout, schedule, scores, tiles
 from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.scores import LOG2E
@@ -49,40 +50,45 @@ def keys_and_values(
     if not exists:
         return
     window, terms = Window(left, right), Terms(bias, slopes, sinks)
-    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_key = tile * BLOCK_N
+    j = first_key + tl.arange(0, BLOCK_N)
     inside = j < place.tk
-    held = load_keys(k, v, j, kv_head, place, F, True)
-    last = tl.minimum(tile * BLOCK_N + BLOCK_N - 1, place.tk - 1)
-    start, whole, ragged, stop = schedule.rows_seeing(tile * BLOCK_N, last, place, window, F, BLOCK_M)
+    k_tile, v_tile = load_keys(k, v, j, kv_head, place, F, True)
+    held = (first_key, j, k_tile, v_tile)
+    last = tl.minimum(first_key + BLOCK_N - 1, place.tk - 1)
+    start, whole, ragged, stop = schedule.rows_seeing(first_key, last, place, window, F, BLOCK_M)
     HEAD_WIDTH: tl.constexpr = F.head_width
     VALUE_WIDTH: tl.constexpr = F.value_width
     sums = (tl.zeros([BLOCK_N, HEAD_WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
     given = (q, grad_out, lse, delta)
     if F.right:
-        sums = _rows(sums, start, whole, held, j, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
-    sums = _rows(sums, whole, ragged, held, j, given, terms, kv_head, place, window, factors, F, BLOCK_M, False)
-    sums = _rows(sums, ragged, stop, held, j, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
+        sums = _rows(sums, start, whole, held, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
+    sums = _rows(sums, whole, ragged, held, given, terms, kv_head, place, window, factors, F, BLOCK_M, False)
+    sums = _rows(sums, ragged, stop, held, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
     k_start = tiles.offsets(grad_k, place.b, place.k_start + j, kv_head)
     v_start = tiles.offsets(grad_v, place.b, place.k_start + j, kv_head)
-    tiles.store(grad_k, k_start, inside, sums[0] * factors.scale, F.head_dim, F.head_width)
-    tiles.store(grad_v, v_start, inside, sums[1], F.value_dim, F.value_width)
+    grad_keys, grad_values = sums
+    if F.dropout:
+        grad_values *= factors.kept
+    tiles.store(grad_k, k_start, inside, grad_keys * factors.scale, F.head_dim, F.head_width)
+    tiles.store(grad_v, v_start, inside, grad_values, F.value_dim, F.value_width)
 
 
 @triton.jit
 def _rows(
-    sums, start, stop, held, j, given, terms, kv_head, place, window, factors,
+    sums, start, stop, held, given, terms, kv_head, place, window, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the rows from start to stop give. Keys beyond the last go along: what they gather is not stored."""
     grad_k, grad_v = sums
-    k_tile, v_tile = held
+    first_key, j, k_tile, v_tile = held
     for first in range(start, stop, BLOCK_M):
         rows = scores.rows_of(first + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
         q_tile, grad_tile, lse, delta = load_rows(given, rows, place, F, MASKED)
         across = scores.along(rows, terms, 0)
         products, p, grad_s = score_gradient(
             k_tile, q_tile, v_tile, grad_tile, lse[None, :], delta[None, :],
-            across, j[:, None], terms, place, window, factors, F, MASKED,
+            across, first_key, j[:, None], terms, place, window, factors, F, MASKED,
         )  # fmt: skip
         if F.softcap:
             grad_s *= scores.cap_derivative(products, factors)
@@ -138,7 +144,7 @@ def _keys(
         k_tile, v_tile = load_keys(k, v, j, kv_head, place, F, MASKED)
         products, _p, grad_s = score_gradient(
             q_tile, k_tile, grad_tile, v_tile, lse[:, None], delta[:, None],
-            rows, j[None, :], terms, place, window, factors, F, MASKED,
+            rows, first, j[None, :], terms, place, window, factors, F, MASKED,
         )  # fmt: skip
         if terms.slopes.ptr is not None:
             distances += tl.sum(grad_s * tl.abs(rows.position - j[None, :]).to(tl.float32), 1)
@@ -180,9 +186,10 @@ def load_keys(k, v, j, kv_head, place, F: tl.constexpr, CHECKED: tl.constexpr):
 
 @triton.jit
 def score_gradient(
-    a, b, grad_a, grad_b, lse, delta, rows, j, terms, place, window, factors, F: tl.constexpr, MASKED: tl.constexpr
-):
-    """(products, p, grad_s) of a tile.
+    a, b, grad_a, grad_b, lse, delta, rows, first, j, terms, place, window, factors,
+    F: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(products, p, grad_s) of a tile whose keys j begin at `first`; p is zero where dropped.
 
     a, b are queries and keys, grad_a, grad_b their output gradients and values; exchanged, the tile comes transposed.
     """
@@ -193,4 +200,10 @@ def score_gradient(
     s = scores.logits(products, rows, j, terms, place, window, factors, F, MASKED)
     p = tl.exp2(s * factor - lse)
     grad_p = tl.dot(grad_a, tl.trans(grad_b), input_precision=F.precision)
-    return products, p, p * (grad_p - delta)
+    if F.dropout:
+        KEYS_FIRST: tl.constexpr = j.shape[1] == 1
+        kept = dropout.kept(first, rows, place, factors, j.shape[0] * j.shape[1], KEYS_FIRST)
+        grad_s = p * (tl.where(kept, grad_p * factors.kept, 0.0) - delta)
+        return products, tl.where(kept, p, 0.0), grad_s
+    else:
+        return products, p, p * (grad_p - delta)

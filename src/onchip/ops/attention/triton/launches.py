@@ -48,6 +48,8 @@ class Call:
     cu_seqlens_k: Tensor | None
     longest: tuple[int, int]
     architecture: str
+    dropout_p: float = 0.0
+    seed: int = 0
 
     @property
     def heads(self) -> int:
@@ -79,13 +81,14 @@ class Call:
             softcap=self.softcap > 0,
             folded=self.scale > 0 and self.softcap == 0 and self.bias is None and self.alibi_slopes is None,
             precision=precision(self.q.dtype),
+            dropout=self.dropout_p > 0,
         )
 
     @property
     def shared(self) -> tuple[Any, ...]:
         """What every kernel takes besides its tensors: lengths, the window's reach, factors, features."""
         window = (min(self.left, FAR), min(self.right, FAR))
-        return (*self.longest, *window, Factors.of(self.scale, self.softcap), self.features)
+        return (*self.longest, *window, Factors.of(self.scale, self.softcap, self.dropout_p, self.seed), self.features)
 
     @property
     def terms(self) -> Terms:
@@ -102,7 +105,7 @@ class Call:
         features = self.features
         head_dim = max(features.head_dim, features.value_dim)
         terms = features.softcap or self.bias is not None or self.alibi_slopes is not None
-        return blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms)
+        return blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms or features.dropout)
 
     def slots(self, x: Tensor, per_time: int, block: int) -> tuple[int, int]:
         """How many tiles the rows of `x` make: of one sequence (of all, where packed), and of all."""
