@@ -154,7 +154,7 @@ def _refusal(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     if dropout_p > 0.0:
-        return f"onchip's attention has no dropout, and dropout_p is {dropout_p}; call the model's eval(), or pass 0"
+        return f"dropout is not handed on to onchip, and dropout_p is {dropout_p}; call the model's eval(), or pass 0"
     if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value, attn_mask)):
         return "a tensor is nested; onchip.attention takes sequences of different lengths with cu_seqlens_q"
     return None

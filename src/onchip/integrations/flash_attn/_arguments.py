@@ -19,7 +19,7 @@ def no_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0:
         raise NotImplementedError(
-            f"dropout_p must be 0, got {dropout_p}: onchip's attention has no dropout. Call the model's eval(), or set "
+            f"dropout_p must be 0, got {dropout_p}: it is not handed on to onchip. Call the model's eval(), or set "
             "its attention dropout to 0 in its configuration"
         )
 

@@ -57,7 +57,7 @@ def flash_attn_func(
 
     Returns:
         `out`, `(B, Tq, H, Dv)` in q's dtype; with `return_attn_probs`, `(out, softmax_lse, S_dmask)`: the natural
-        log-sum-exp `(B, H, Tq)`, +inf for a row that sees nothing, and an empty tensor, as there is no dropout.
+        log-sum-exp `(B, H, Tq)`, +inf for a row that sees nothing, and an empty tensor, as dropout is refused.
 
     Raises:
         NotImplementedError: dropout.
