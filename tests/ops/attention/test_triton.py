@@ -332,15 +332,10 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.onchip.attention.default, (*arguments, *settings))
 
 
-def test_the_longest_sequence_is_read_once(monkeypatch):
-    lengths = import_module("onchip.ops.attention.triton.lengths")
-    read = []
-    check = lengths.checks.longest_sequence
-    monkeypatch.setattr(lengths.checks, "longest_sequence", lambda *args: read.append(args) or check(*args))
+def test_boundaries_that_change_are_checked_again():
     cu, x = torch.tensor([0, 3, 8], device=DEVICE), torch.randn(8, 1, 16, device=DEVICE)
-    for _ in range(3):
+    for _ in range(2):
         onchip.attention(x, x, x, cu_seqlens_q=cu, backend="triton")
-    assert len(read) == 1
     cu[1] = 9
     with pytest.raises(ValueError, match="cu_seqlens_q must not descend, got 9 followed by 8"):
         onchip.attention(x, x, x, cu_seqlens_q=cu, backend="triton")

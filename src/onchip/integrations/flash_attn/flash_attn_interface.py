@@ -209,7 +209,9 @@ def flash_attn_varlen_func(
     """
     no_dropout(dropout_p)
     if block_table is not None:
-        raise NotImplementedError("block_table must be None: no paged key-value cache is served here")
+        raise NotImplementedError(
+            "block_table must be None: onchip.attention_with_cache serves key-value caches in pages"
+        )
     out, lse = attention_with_lse(
         q,
         k,
@@ -335,10 +337,10 @@ def flash_attn_with_kvcache(
     >>> from onchip.integrations.flash_attn import flash_attn_with_kvcache
     >>> flash_attn_with_kvcache(None, None, None)
     Traceback (most recent call last):
-    NotImplementedError: flash_attn_with_kvcache is not served by onchip: pass the keys and values ...
+    NotImplementedError: flash_attn_with_kvcache is not served here: onchip.attention_with_cache ...
     """
     raise NotImplementedError(
-        "flash_attn_with_kvcache is not served by onchip: pass the keys and values that are in use to flash_attn_func"
+        "flash_attn_with_kvcache is not served here: onchip.attention_with_cache appends to a cache and attends over it"
     )
 
 

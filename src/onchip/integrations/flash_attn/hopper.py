@@ -232,10 +232,10 @@ def flash_attn_with_kvcache(
     >>> from onchip.integrations.flash_attn import hopper
     >>> hopper.flash_attn_with_kvcache(None, None, None)
     Traceback (most recent call last):
-    NotImplementedError: flash_attn_with_kvcache is not served by onchip: pass the keys and values ...
+    NotImplementedError: flash_attn_with_kvcache is not served here: onchip.attention_with_cache ...
     """
     raise NotImplementedError(
-        "flash_attn_with_kvcache is not served by onchip: pass the keys and values that are in use to flash_attn_func"
+        "flash_attn_with_kvcache is not served here: onchip.attention_with_cache appends to a cache and attends over it"
     )
 
 

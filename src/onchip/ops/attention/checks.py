@@ -164,16 +164,15 @@ def check_lengths(
     Reads the values, so it runs where the op runs and not where it is traced.
     """
     longest = (
-        longest_sequence("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
-        longest_sequence("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+        longest_sequence("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0]),
+        longest_sequence("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0]),
     )
     check_bias_lengths(bias, longest)
     return longest
 
 
-def longest_sequence(name: str, cu_seqlens: Tensor, rows: int) -> int:
+def longest_sequence(name: str, starts: list[int], rows: int) -> int:
     """The length of the longest of the sequences between these boundaries, which must make sense."""
-    starts = cu_seqlens.tolist()
     if starts[0] != 0 or starts[-1] != rows:
         raise ValueError(f"{name} must run from 0 to the number of rows {rows}, got {starts[0]} to {starts[-1]}")
     lengths = [b - a for a, b in itertools.pairwise(starts)]

@@ -10,10 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from onchip.ops._library import library
+from onchip.ops._library import in_torch_func_grad, library
 from onchip.ops.attention import cpu
 from onchip.ops.attention.outputs import gradients_like, output_like
 
@@ -47,7 +46,7 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
     """
     if torch.compiler.is_compiling():
         return cast(tuple[Tensor, Tensor], _attention(*args))
-    if _in_torch_func_grad():
+    if in_torch_func_grad():
         return cast(tuple[Tensor, Tensor], _Attention.apply(*args))  # type: ignore[no-untyped-call]
     if _needs_grad(args) or torch._C._are_functorch_transforms_active():
         return cast(tuple[Tensor, Tensor], _attention(*args))
@@ -131,12 +130,6 @@ def _needs_grad(args: tuple[Any, ...]) -> bool:
     return backward or forward_ad._current_level >= 0
 
 
-def _in_torch_func_grad() -> bool:
-    """Whether torch.func differentiates the call: it serves an autograd.Function above the dispatcher only."""
-    transform = peek_interpreter_stack()
-    return transform is not None and transform.key() in (TransformType.Grad, TransformType.Jvp)
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -160,7 +153,7 @@ class _Attention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
-        if not torch.compiler.is_compiling() and _in_torch_func_grad():
+        if not torch.compiler.is_compiling() and in_torch_func_grad():
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
         else:
             grads = _attention_backward(*args, **asked)

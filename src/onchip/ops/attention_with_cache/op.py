@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from onchip.ops._library import library
+from onchip.ops._read import read
 from onchip.ops.attention.outputs import output_like
 from onchip.ops.attention_with_cache import checks, cpu, reference
 from onchip.ops.attention_with_cache.arguments import Call
-from onchip.ops.attention_with_cache.read import read
 
 library.define(  # type: ignore[no-untyped-call]
     "attention_with_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "

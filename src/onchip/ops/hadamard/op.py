@@ -9,10 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from onchip.ops._library import library
+from onchip.ops._library import in_torch_func_grad, library
 from onchip.ops.hadamard import cpu
 
 library.define(  # type: ignore[no-untyped-call]
@@ -24,14 +23,9 @@ _hadamard = torch.ops.onchip.hadamard.default
 
 def hadamard(x: Tensor, before: Tensor | None, after: Tensor | None, scale: float, backend: str | None) -> Tensor:
     """Call the op; torch.func differentiates an autograd.Function only where it is above the dispatcher."""
-    if not torch.compiler.is_compiling() and _in_torch_func_grad():
+    if not torch.compiler.is_compiling() and in_torch_func_grad():
         return cast(Tensor, _Hadamard.apply(x, before, after, scale, backend))  # type: ignore[no-untyped-call]
     return cast(Tensor, _hadamard(x, before, after, scale, backend))
-
-
-def _in_torch_func_grad() -> bool:
-    transform = peek_interpreter_stack()
-    return transform is not None and transform.key() in (TransformType.Grad, TransformType.Jvp)
 
 
 def _kernel(x: Tensor, before: Tensor | None, after: Tensor | None, scale: float, backend: str | None = None) -> Tensor:
