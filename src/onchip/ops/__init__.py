@@ -2,12 +2,14 @@
 
 from onchip.ops._select import explain
 from onchip.ops.attention import attention, attention_with_lse
+from onchip.ops.attention.block_mask import BlockMask
 from onchip.ops.attention_fp8 import attention_fp8, attention_fp8_with_lse
 from onchip.ops.attention_with_cache import attention_with_cache, attention_with_cache_and_lse
 from onchip.ops.hadamard import hadamard
 from onchip.ops.merge_attention import merge_attention
 
 __all__ = [
+    "BlockMask",
     "attention",
     "attention_fp8",
     "attention_fp8_with_lse",

@@ -73,12 +73,16 @@ def _call(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: list[Tensor] | None = None,
+    mask_shape: list[int] | None = None,
 ) -> Call:
     """The op's arguments, of which the first are the op's own and the defaulted ones may be missing."""
+    if block_mask is not None:
+        raise NotImplementedError("attention in Triton takes no block_mask yet")
     if cu_seqlens_q is None or cu_seqlens_k is None:
         lengths = q.shape[1], k.shape[1]
     else:
-        lengths = longest(q, k, bias, cu_seqlens_q, cu_seqlens_k)
+        lengths = longest(q, k, bias, cu_seqlens_q, cu_seqlens_k, mask_shape)
     q, k, v = along_time(q), along_time(k), along_time(v)
     settings = (left, right, scale, softcap, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     return Call(q, k, v, *settings, lengths, _triton.architecture(q.device), dropout_p, seed)
