@@ -16,6 +16,7 @@ from onchip import BlockMask
 
 from . import cases
 from .support import Case, differentiate, randn_case, run, threads
+from .test_dropout import EVERYWHERE, on_triton
 from .tolerance import assert_exact, assert_same, assert_twice_eager
 
 F32, F64 = torch.float32, torch.float64
@@ -210,6 +211,56 @@ def test_errors_are_at_most_twice_eagers(backend, dtype, block, causal):
     assert_twice_eager(call.to(dtype), backend)
 
 
+TRITON = pytest.param("triton", marks=on_triton)
+
+
+@pytest.mark.parametrize("more", [{}, {"causal": True}, {"window": (30, 9), "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("own, block", [((1, 1), 64), ((2, 2), 32)], ids=str)
+@pytest.mark.parametrize("name", [TRITON])
+def test_in_triton(name, own, block, more):
+    mask = BlockMask.from_dense(tiled(*own, 70, 130, block=block), block=block)
+    assert_twice_eager(randn_case(own[0], 70, 130, 2, kv_heads=1, dim=16, dtype=F32, block_mask=mask, **more), name)
+
+
+@pytest.mark.parametrize("name", [TRITON])
+@given(data=st.data())
+@settings(max_examples=3)
+def test_any_call_in_triton(name, data):
+    assert_twice_eager(data.draw(masked(cases.short_calls(F32), (32,))), name)
+
+
+EXTRA = {
+    "bias": lambda: {"bias": torch.randn(2, 40, 100), "dropout_p": 0.3, "seed": 5},
+    "bias of heads": lambda: {"bias": torch.randn(2, 1, 1), "sinks": torch.randn(2)},
+    "bias of keys": lambda: {"bias": torch.randn(100), "alibi_slopes": torch.rand(2), "window": (60, None)},
+}
+
+
+@pytest.mark.parametrize("make", EXTRA.values(), ids=EXTRA)
+@pytest.mark.parametrize("name", [TRITON])
+def test_gradients_of_everything_in_triton(name, make):
+    mask = BlockMask.from_dense(tiled(1, 2, 40, 100, block=32), block=32)
+    assert_twice_eager(randn_case(1, 40, 100, 2, kv_heads=1, dim=16, dtype=F32, block_mask=mask, **make()), name)
+
+
+@pytest.mark.parametrize("name", [TRITON])
+def test_decoding_in_triton(name):
+    mask = BlockMask.from_dense(tiled(1, 2, 3, 1100, block=32), block=32)
+    assert_twice_eager(randn_case(1, 3, 1100, 2, kv_heads=1, dim=16, dtype=F32, block_mask=mask), name)
+
+
+@pytest.mark.parametrize("name", [TRITON])
+def test_packed_in_triton(name):
+    mask = BlockMask.from_dense(tiled(3, 2, 70, 70, block=32), block=32)
+    starts = torch.tensor([0, 33, 33, 103])
+    call = randn_case(
+        103, 103, 2, kv_heads=1, dim=16, dtype=F32, cu_seqlens_q=starts, block_mask=mask, bias=torch.randn(2, 70, 70)
+    )
+    exact = run(call.to(F64), "reference")
+    for result, x in run(call, name).items():
+        torch.testing.assert_close(x.double(), exact[result], rtol=1e-4, atol=1e-5)
+
+
 def banded(tq: int, tk: int, hidden: slice) -> Tensor:
     """A dense mask in which some queries see nothing, and the last keys are seen by none."""
     dense = tiled(tq, tk, block=32) | torch.eye(tq, tk, dtype=torch.bool)
@@ -217,7 +268,7 @@ def banded(tq: int, tk: int, hidden: slice) -> Tensor:
     return dense
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", *EVERYWHERE])
 @pytest.mark.parametrize("hidden", [slice(32, 64), slice(40, 43)], ids=["a tile", "some rows"])
 def test_a_row_that_sees_nothing(name, hidden):
     call = randn_case(
@@ -232,7 +283,7 @@ def test_a_row_that_sees_nothing(name, hidden):
     assert not any(x.isnan().any() for x in results.values())
 
 
-@pytest.mark.parametrize("name", ["cpu"])
+@pytest.mark.parametrize("name", ["cpu", TRITON])
 def test_nothing_is_read_of_tiles_that_nobody_sees(name):
     call = randn_case(1, 70, 192, 2, dim=16, dtype=F32, bias=torch.randn(70, 192))
     call.arguments["block_mask"] = BlockMask.from_dense(banded(70, 192, slice(32, 64)), block=32)
@@ -357,7 +408,7 @@ def test_a_mask_that_does_not_fit(make, exception, words):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", *EVERYWHERE])
 def test_a_packed_calls_mask_is_of_the_longest_lengths(name):
     x, starts = torch.randn(90, 2, 16), torch.tensor([0, 20, 90])
     with pytest.raises(ValueError, match=r"block_mask must be of the longest lengths \(70, 70\), got \(90, 90\)"):
