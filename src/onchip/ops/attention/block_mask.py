@@ -53,7 +53,7 @@ class BlockMask:
     >>> import torch, onchip
     >>> mask = onchip.BlockMask.local(1024, 1024, window=(128, 0), n_global=4)
     >>> mask
-    BlockMask(1024×1024, block 128, density 0.45)
+    BlockMask(1024×1024, block 128, density 0.44)
     >>> q = torch.randn(1, 1024, 2, 16)
     >>> onchip.attention(q, q, q, block_mask=mask).shape
     torch.Size([1, 1024, 2, 16])
@@ -145,7 +145,7 @@ class BlockMask:
 
         >>> import onchip
         >>> onchip.BlockMask.dilated(2048, 2048, stride=512, block=64).density
-        0.234375
+        0.125
         """
         _check_sizes(tq, tk, block)
         _check_count("stride", stride, least=1)
