@@ -352,7 +352,7 @@ def test_opcheck(make):
     call = make()
     right = 0 if call["causal"] else -1
     arguments = [*(call[n] for n in "qkv"), -1, right, 0.4, 0.0, None, None, call["sinks"], *[call["cu_seqlens_q"]] * 2]
-    arguments += [0.0, 0, call["block_mask"].tensors, call["block_mask"].shape]
+    arguments += [0.0, 0, None, call["block_mask"].tensors, call["block_mask"].shape]
     out, lse = torch.ops.onchip.attention(*arguments)
     backward = (call.grad_out, call.grad_lse, out, lse, *arguments)
     torch.library.opcheck(torch.ops.onchip.attention_backward.default, backward)

@@ -214,8 +214,9 @@ def attention_with_lse(
             block_mask=block_mask,
         )
     settings = (left, right, float(scale), float(softcap))
-    tiles = (None, None) if block_mask is None else (block_mask.tensors, block_mask.shape)
-    optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, *tiles, backend)
+    optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, backend)
+    if block_mask is not None:
+        return op.attention(q, k, v, *settings, *optional, block_mask.tensors, block_mask.shape)
     return op.attention(q, k, v, *settings, *optional)
 
 

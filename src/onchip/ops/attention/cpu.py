@@ -49,7 +49,8 @@ def forward(
     out, lse = output_like(q, k, v, cu_seqlens_q)
     tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
     sizes, settings = _sizes(q, k, v, left, right, starts), (scale, softcap, dropout_p)
-    _native.kernels.attention_forward(sizes, settings, seed, *starts, tensors, _mask(block_mask))
+    mask = None if block_mask is None else _mask(block_mask)
+    _native.kernels.attention_forward(sizes, settings, seed, *starts, tensors, mask)
     return out, lse
 
 
@@ -103,7 +104,7 @@ def backward(
         describe_table(per_head[1]) if sinks_grad else None,
     )
     sizes, settings = _sizes(q, k, v, left, right, starts), (scale, softcap, dropout_p)
-    mask = _mask(block_mask)
+    mask = None if block_mask is None else _mask(block_mask)
     _native.kernels.attention_backward(sizes, settings, seed, *starts, tensors, mask, gradients, bias_shape)
     if slopes_grad:
         grad_slopes.copy_(per_head[0] if grad_slopes.ndim == 2 else per_head[0].sum(0))
@@ -134,10 +135,8 @@ def _sizes(
     return (batch, tq, tk, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], left, right, torch.get_num_threads())
 
 
-def _mask(block_mask: list[Tensor] | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _mask(block_mask: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and addresses of `BlockMask.tensors`."""
-    if block_mask is None:
-        return None
     by_query, _, by_key, _, bits = block_mask
     batch, heads, rows = by_query.shape
     return (bits.shape[1], batch, heads, rows - 1, by_key.shape[2] - 1), tuple(x.data_ptr() for x in block_mask)

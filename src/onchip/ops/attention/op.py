@@ -19,7 +19,7 @@ from onchip.ops.attention.outputs import gradients_like, output_like
 _OPTIONAL = (
     "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float dropout_p=0.0, SymInt seed=0, "
-    "Tensor[]? block_mask=None, SymInt[]? mask_shape=None, str? backend=None"
+    "str? backend=None, Tensor[]? block_mask=None, SymInt[]? mask_shape=None"
 )
 _DEFAULTS = (None, None, None, None, None, 0.0, 0, None, None, None)
 
@@ -37,6 +37,7 @@ library.define(  # type: ignore[no-untyped-call]
 _attention = torch.ops.onchip.attention.default
 _attention_backward = torch.ops.onchip.attention_backward.default
 _ARGUMENTS = len(_attention._schema.arguments)
+_BACKEND = [argument.name for argument in _attention._schema.arguments].index("backend")
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -55,22 +56,24 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], _attention(*args))
 
 
-def _kernel(name: str, count: int) -> Callable[..., Any]:
-    """A kernel of the op's `count` arguments, for every device: the implementation asked for, or the device's own."""
+def _kernel(name: str, at: int) -> Callable[..., Any]:
+    """A kernel for every device: the implementation asked for by the argument `at`, or the device's own."""
 
     def kernel(*args: Any, **asked: bool) -> Any:
-        backend = args[count - 1] if len(args) == count else None
+        backend = None
+        if len(args) > at:
+            backend, args = args[at], args[:at] + args[at + 1 :]
         in_triton = args[0].is_cuda or backend == "triton"
         # Imported late: it brings Triton, for which `import onchip` should not wait.
         implementation = import_module("onchip.ops.attention.triton") if in_triton else cpu
-        return getattr(implementation, name)(*args[: count - 1], **asked)
+        return getattr(implementation, name)(*args, **asked)
 
     return kernel
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("attention", _kernel("forward", _ARGUMENTS), _device)  # type: ignore[no-untyped-call]
-    library.impl("attention_backward", _kernel("backward", 4 + _ARGUMENTS), _device)  # type: ignore[no-untyped-call]
+    library.impl("attention", _kernel("forward", _BACKEND), _device)  # type: ignore[no-untyped-call]
+    library.impl("attention_backward", _kernel("backward", 4 + _BACKEND), _device)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("onchip::attention", lib=library)  # type: ignore[untyped-decorator]
@@ -89,9 +92,9 @@ def _(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    backend: str | None = None,
     block_mask: list[Tensor] | None = None,
     mask_shape: list[int] | None = None,
-    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     return output_like(q, k, v, cu_seqlens_q)
 
@@ -116,9 +119,9 @@ def _(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    backend: str | None = None,
     block_mask: list[Tensor] | None = None,
     mask_shape: list[int] | None = None,
-    backend: str | None = None,
     *,
     bias_grad: bool = False,
     slopes_grad: bool = False,
@@ -143,11 +146,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, block_mask, mask_shape, backend = inputs
+        q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend, block_mask, mask_shape = inputs
         ctx.save_for_backward(*output, q, k, v, *optional, *(block_mask or ()))
         ctx.settings = (left, right, scale, softcap)
-        ctx.more = (dropout_p, seed)
-        ctx.last = (mask_shape, backend)
+        ctx.more = (dropout_p, seed, backend)
+        ctx.mask_shape = mask_shape
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -158,7 +161,7 @@ class _Attention(torch.autograd.Function):
             return (None,) * _ARGUMENTS
         needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more, block_mask, *ctx.last)
+        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more, block_mask, ctx.mask_shape)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
         if not torch.compiler.is_compiling() and in_torch_func_grad():
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
