@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         explain,
         hadamard,
         merge_attention,
+        selective_scan,
+        selective_scan_matrix,
+        selective_scan_step,
     )
 
 __all__ = [
@@ -38,6 +41,9 @@ __all__ = [
     "explain",
     "hadamard",
     "merge_attention",
+    "selective_scan",
+    "selective_scan_matrix",
+    "selective_scan_step",
 ]
 __version__ = "0.1.0"
 

@@ -7,6 +7,7 @@ from onchip.ops.attention_with_cache import attention_with_cache, attention_with
 from onchip.ops.causal_conv1d import causal_conv1d, causal_conv1d_matrix, causal_conv1d_step
 from onchip.ops.hadamard import hadamard
 from onchip.ops.merge_attention import merge_attention
+from onchip.ops.selective_scan import selective_scan, selective_scan_matrix, selective_scan_step
 
 __all__ = [
     "attention",
@@ -21,4 +22,7 @@ __all__ = [
     "explain",
     "hadamard",
     "merge_attention",
+    "selective_scan",
+    "selective_scan_matrix",
+    "selective_scan_step",
 ]
