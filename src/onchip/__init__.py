@@ -19,6 +19,9 @@ if TYPE_CHECKING:
         explain,
         hadamard,
         merge_attention,
+        ssd,
+        ssd_matrix,
+        ssd_step,
     )
 
 __all__ = [
@@ -32,6 +35,9 @@ __all__ = [
     "explain",
     "hadamard",
     "merge_attention",
+    "ssd",
+    "ssd_matrix",
+    "ssd_step",
 ]
 __version__ = "0.1.0"
 

@@ -6,6 +6,7 @@ from onchip.ops.attention_fp8 import attention_fp8, attention_fp8_with_lse
 from onchip.ops.attention_with_cache import attention_with_cache, attention_with_cache_and_lse
 from onchip.ops.hadamard import hadamard
 from onchip.ops.merge_attention import merge_attention
+from onchip.ops.ssd import ssd, ssd_matrix, ssd_step
 
 __all__ = [
     "attention",
@@ -17,4 +18,7 @@ __all__ = [
     "explain",
     "hadamard",
     "merge_attention",
+    "ssd",
+    "ssd_matrix",
+    "ssd_step",
 ]
