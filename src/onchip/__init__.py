@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         selective_scan,
         selective_scan_matrix,
         selective_scan_step,
+        ssd,
+        ssd_matrix,
+        ssd_step,
     )
 
 __all__ = [
@@ -44,6 +47,9 @@ __all__ = [
     "selective_scan",
     "selective_scan_matrix",
     "selective_scan_step",
+    "ssd",
+    "ssd_matrix",
+    "ssd_step",
 ]
 __version__ = "0.1.0"
 

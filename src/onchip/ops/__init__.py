@@ -8,6 +8,7 @@ from onchip.ops.causal_conv1d import causal_conv1d, causal_conv1d_matrix, causal
 from onchip.ops.hadamard import hadamard
 from onchip.ops.merge_attention import merge_attention
 from onchip.ops.selective_scan import selective_scan, selective_scan_matrix, selective_scan_step
+from onchip.ops.ssd import ssd, ssd_matrix, ssd_step
 
 __all__ = [
     "attention",
@@ -25,4 +26,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_matrix",
     "selective_scan_step",
+    "ssd",
+    "ssd_matrix",
+    "ssd_step",
 ]
