@@ -1,48 +1,35 @@
-"""`import flash_attn` finding onchip: a finder on Python's import path, and nothing written to disk."""
+"""`import …` of another library finding onchip: a finder on Python's import path, and nothing written to disk."""
 
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-EMULATED = "2.8.3"
-"""The version of flash-attn whose functions these are."""
-
-_HERE = "onchip.integrations.flash_attn"
-_FLASH_ATTN_2 = {
-    "flash_attn": _HERE,
-    "flash_attn.flash_attn_interface": f"{_HERE}.flash_attn_interface",
-    "flash_attn.bert_padding": f"{_HERE}.bert_padding",
-}
-_FLASH_ATTN_3 = {"flash_attn_interface": f"{_HERE}.hopper"}
+from typing import NamedTuple
 
 
-def install(*, hopper: bool = False, replace: bool = False) -> None:
-    """Make `import flash_attn` find onchip's functions, in this process, until `uninstall`.
+class Emulated(NamedTuple):
+    """A top-level package that onchip stands in for, as its clients know it.
 
-    Of flash-attn there are then `flash_attn`, `flash_attn.flash_attn_interface` and `flash_attn.bert_padding`, and
-    the metadata of a distribution flash-attn 2.8.3, by which libraries recognise it. Call it before the import of
-    what looks for flash-attn, as most libraries look once. A second call changes what the first one installed.
+    `modules` are the names of its modules and of onchip's in their place; `distribution` and `version` those that its
+    metadata show.
+    """
 
-    Args:
-        hopper: install FlashAttention-3's module too, `flash_attn_interface`.
-        replace: go before a flash-attn that is really installed, instead of refusing.
+    package: str
+    distribution: str
+    version: str
+    modules: Mapping[str, str]
+
+
+def install(packages: Sequence[Emulated], *, replace: bool = False) -> None:
+    """Make imports of these find onchip's modules, in this process.
 
     Raises:
-        RuntimeError: a real one is installed or imported.
-
-    >>> from onchip.integrations import flash_attn
-    >>> flash_attn.install()
-    >>> from flash_attn.bert_padding import pad_input
-    >>> pad_input.__module__
-    'onchip.integrations.flash_attn.bert_padding'
-    >>> flash_attn.uninstall()
+        RuntimeError: a real one is installed or imported, and `replace` does not say to go before it.
     """
-    uninstall()
-    finder = _Finder(_FLASH_ATTN_2 | (_FLASH_ATTN_3 if hopper else {}))
+    finder = _Finder(packages)
     for name in finder.packages:
         if not replace and (name in sys.modules or importlib.util.find_spec(name) is not None):
             raise RuntimeError(f"{name} is already installed: install(replace=True) goes before it, in this process")
@@ -51,16 +38,13 @@ def install(*, hopper: bool = False, replace: bool = False) -> None:
     importlib.invalidate_caches()
 
 
-def uninstall() -> None:
-    """Undo `install`; what was imported from onchip stays where it was imported to.
-
-    >>> from onchip.integrations import flash_attn
-    >>> flash_attn.uninstall()
-    """
+def uninstall(packages: Sequence[str]) -> None:
+    """Undo `install` of any of these; what was imported from onchip stays where it was imported to."""
     for finder in [finder for finder in sys.meta_path if isinstance(finder, _Finder)]:
-        sys.meta_path.remove(finder)
-        _taken(finder.packages)
-        sys.modules.update(finder.displaced)
+        if finder.packages.keys() & set(packages):
+            sys.meta_path.remove(finder)
+            _taken(finder.packages)
+            sys.modules.update(finder.displaced)
 
 
 def _taken(packages: Iterable[str]) -> dict[str, ModuleType]:
@@ -72,55 +56,55 @@ def _taken(packages: Iterable[str]) -> dict[str, ModuleType]:
 class _Finder(importlib.metadata.DistributionFinder):
     """Finds onchip's modules under other names, and the distributions that these come from."""
 
-    def __init__(self, sources: dict[str, str]) -> None:
-        self.sources = sources
-        self.packages = {name.partition(".")[0] for name in sources}
+    def __init__(self, packages: Sequence[Emulated]) -> None:
+        self.packages = {emulated.package: emulated for emulated in packages}
         self.displaced: dict[str, ModuleType] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.sources:
+        emulated = self.packages.get(fullname.partition(".")[0])
+        if emulated is None or fullname not in emulated.modules:
             return None
-        is_package = any(name.startswith(f"{fullname}.") for name in self.sources)
-        return ModuleSpec(fullname, _Loader(self.sources[fullname]), origin="onchip", is_package=is_package)
+        is_package = any(name.startswith(f"{fullname}.") for name in emulated.modules)
+        loader = _Loader(emulated.modules[fullname], emulated.version)
+        return ModuleSpec(fullname, loader, origin="onchip", is_package=is_package)
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterator[importlib.metadata.Distribution]:
         wanted = None if context is None or context.name is None else context.name.replace("_", "-").lower()
-        for package in sorted(self.packages):
-            distribution = _Distribution(package)
-            if wanted in (None, distribution.metadata["Name"]):
-                yield distribution
+        for _, emulated in sorted(self.packages.items()):
+            if wanted in (None, emulated.distribution):
+                yield _Distribution(emulated)
 
 
 class _Loader(Loader):
     """Fills a module with what onchip's module offers."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, version: str) -> None:
+        self.source, self.version = source, version
 
     def exec_module(self, module: ModuleType) -> None:
         source = importlib.import_module(self.source)
         names = [name for name in source.__all__ if name not in ("install", "uninstall")]
         module.__dict__.update({name: getattr(source, name) for name in names})
-        module.__doc__, module.__version__ = source.__doc__, EMULATED  # type: ignore[attr-defined]
+        module.__doc__, module.__version__ = source.__doc__, self.version  # type: ignore[attr-defined]
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """The metadata of one of flash-attn's distributions, as far as libraries ask for it."""
+    """The metadata of a package's distribution, as far as libraries ask for it."""
 
-    def __init__(self, package: str) -> None:
-        self.package = package
+    def __init__(self, emulated: Emulated) -> None:
+        self.emulated = emulated
 
     def read_text(self, filename: str) -> str | None:
-        name, version = ("flash-attn", EMULATED) if self.package == "flash_attn" else ("flash-attn-3", "3.0.0")
+        package, name, version, _ = self.emulated
         files = {
             "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: computed by onchip\n",
-            "top_level.txt": f"{self.package}\n",
+            "top_level.txt": f"{package}\n",
         }
         return files.get(filename)
 
     def locate_file(self, path: object) -> None:  # type: ignore[override]
-        raise FileNotFoundError(f"{path}: {self.package} is onchip's and has no files of its own")
+        raise FileNotFoundError(f"{path}: {self.emulated.package} is onchip's and has no files of its own")
