@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from onchip.nn.norm import rms_norm_gated
 
@@ -17,12 +18,12 @@ def rmsnorm_fn(
     group_size: int | None = None,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """The norm of each group of `group_size` features, times `weight`, plus `bias`; `silu(z)` multiplies before or after.
+    """The norm of each group of `group_size` features, times `weight`, plus `bias`; the gate `silu(z)` before or after.
 
     `x`, `z (..., dim)`; `weight`, `bias (dim,)`. Computed in float32 and rounded once, to x's dtype.
 
     Raises:
-        ValueError: `group_size` does not divide dim; a bias with a gate after it, which mamba_ssm has and onchip has not.
+        ValueError: `group_size` does not divide dim.
 
     >>> import torch
     >>> rmsnorm_fn(torch.randn(2, 5, 16), torch.ones(16), None, torch.randn(2, 5, 16), group_size=8).shape
@@ -32,10 +33,11 @@ def rmsnorm_fn(
     group_size = dim if group_size is None else group_size
     if group_size < 1 or dim % group_size:
         raise ValueError(f"group_size must divide x's {dim} features, got {group_size}")
-    if bias is not None and z is not None and norm_before_gate:
-        raise ValueError("bias must be None where a gate follows the norm")
-    y = rms_norm_gated(x, z, weight, n_groups=dim // group_size, norm_before_gate=norm_before_gate, eps=eps)
-    return y if bias is None else y + bias.to(y.dtype)
+    groups = dim // group_size
+    if bias is None:
+        return rms_norm_gated(x, z, weight, n_groups=groups, norm_before_gate=norm_before_gate, eps=eps)
+    y = rms_norm_gated(x, None if norm_before_gate else z, weight, n_groups=groups, eps=eps) + bias
+    return (y * F.silu(z) if z is not None and norm_before_gate else y).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,7 @@
 """mamba_ssm.ops.selective_scan_interface: Mamba's scan and its fused block, features before time."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,12 +52,15 @@ def selective_scan_fn(
     (torch.Size([2, 8, 30]), torch.Size([2, 8, 4]))
     """
     refuse_complex(A=A, B=B, C=C)
+    B_t, C_t = _time_first("B", B, u), _time_first("C", C, u)
+    if B_t.shape[2] != C_t.shape[2]:
+        B_t, C_t = (b.repeat_interleave(u.shape[1] // b.shape[2], dim=2) for b in (B_t, C_t))
     result = selective_scan(
         u.mT,
         delta.mT,
         A,
-        _time_first("B", B, u),
-        _time_first("C", C, u),
+        B_t,
+        C_t,
         D=D,
         z=None if z is None else z.mT,
         dt_bias=delta_bias,
@@ -142,8 +147,7 @@ def mamba_inner_fn(
         B = _rms(B_x if B_proj_bias is None else B_x + B_proj_bias, b_rms_weight, b_c_dt_rms_eps).mT
     if C is None:
         C = _rms(C_x if C_proj_bias is None else C_x + C_proj_bias, c_rms_weight, b_c_dt_rms_eps).mT
-    y = selective_scan_fn(x.mT, delta.mT, A, B, C, D, z, delta_bias, delta_softplus)
-    assert isinstance(y, Tensor)
+    y = cast(Tensor, selective_scan_fn(x.mT, delta.mT, A, B, C, D, z, delta_bias, delta_softplus))
     bias = None if out_proj_bias is None else out_proj_bias.to(out_proj_weight.dtype)
     return F.linear(y.mT, out_proj_weight, bias)
 

@@ -48,8 +48,8 @@ def selective_state_update(
     computed once.
 
     >>> import torch
-    >>> state, x, dt, B, C = torch.zeros(2, 8, 4), torch.randn(2, 8), torch.rand(2, 8), torch.randn(2, 4), torch.randn(2, 4)
-    >>> selective_state_update(state, x, dt, -torch.rand(8, 4), B, C).shape
+    >>> state, x, dt = torch.zeros(2, 8, 4), torch.randn(2, 8), torch.rand(2, 8)
+    >>> selective_state_update(state, x, dt, -torch.rand(8, 4), torch.randn(2, 4), torch.randn(2, 4)).shape
     torch.Size([2, 8])
     >>> bool(state.any())
     True
@@ -58,7 +58,9 @@ def selective_state_update(
     given = (x, rows, dt, A, B, C, D, z, dt_bias)
     recorded = torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in given)
     if recorded or not rows.is_contiguous():
-        rows = rows.clone(memory_format=torch.contiguous_format)  # autograd must not save the state, which changes below
+        rows = rows.clone(
+            memory_format=torch.contiguous_format
+        )  # autograd must not save the state, which changes below
     B, C = (u if u.ndim == 3 else u[:, None] for u in (B, C))
     step = _mamba2_step if state.ndim == 4 and _one_decay_per_head(dt, A, dt_bias) else _mamba_step
     y, new = step(rows, x, dt, A, B, C, D, z, dt_bias, dt_softplus, in_place=not recorded)

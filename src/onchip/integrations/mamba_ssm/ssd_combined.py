@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from onchip.integrations._packing import Packing, packing
 from onchip.integrations.mamba_ssm.layernorm_gated import rmsnorm_fn
 from onchip.ops import causal_conv1d, ssd
+from onchip.ops.causal_conv1d.checks import Activation
 
 __all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
 
@@ -73,7 +74,8 @@ def mamba_chunk_scan_combined(
     B, C = (u.to(x.dtype) for u in (B, C))
     if together is not None:
         initial_states = together.initial_states(initial_states)
-        x, dt, B, C, z = (None if u is None else u.flatten(0, 1) for u in (x, dt, B, C, z))
+        x, dt, B, C = (u.flatten(0, 1) for u in (x, dt, B, C))
+        z = None if z is None else z.flatten(0, 1)
     out, states = ssd(
         x,
         dt,
@@ -129,7 +131,7 @@ def mamba_split_conv1d_scan_combined(
     seq_idx: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
-    activation: str | None = "silu",
+    activation: Activation = "silu",
     rmsnorm_weight: Tensor | None = None,
     rmsnorm_eps: float = 1e-6,
     outproj_weight: Tensor | None = None,
@@ -170,9 +172,9 @@ def mamba_split_conv1d_scan_combined(
     >>> mamba_split_conv1d_scan_combined(zxbcdt, conv, None, dt_bias, -torch.rand(4), torch.ones(4, 8), 16).shape
     torch.Size([2, 40, 32])
     """
-    if D.ndim == 1 and headdim is None:
-        raise ValueError("headdim must be given where D has shape (heads,)")
     heads, P = len(D), D.shape[1] if D.ndim == 2 else headdim
+    if P is None:
+        raise ValueError("headdim must be given where D has shape (heads,)")
     dim = heads * P
     N = (len(conv1d_weight) - dim) // (2 * ngroups)
     d_mlp = (zxbcdt.shape[-1] - dim - len(conv1d_weight) - heads) // 2
@@ -182,18 +184,19 @@ def mamba_split_conv1d_scan_combined(
             f"zxbcdt, conv1d_weight and D must agree on the sizes of z, x, B, C and dt, got {tuple(zxbcdt.shape)}, "
             f"{tuple(conv1d_weight.shape)} and {tuple(D.shape)} with headdim {headdim} and ngroups {ngroups}"
         )
-    mlp, z, xBC, dt = zxbcdt.split(sizes, dim=-1)
+    mlp, z, xBC, dt = torch.split(zxbcdt, sizes, dim=-1)
+    tokens = zxbcdt.shape[:2]
     xBC = _convolved(xBC, conv1d_weight, conv1d_bias, activation, seq_idx)
-    x, B, C = xBC.split([dim, ngroups * N, ngroups * N], dim=-1)
+    x, B, C = torch.split(xBC, [dim, ngroups * N, ngroups * N], dim=-1)
     y, *states = mamba_chunk_scan_combined(
-        x.unflatten(-1, (heads, P)),
+        x.reshape(*tokens, heads, P),
         dt,
         A,
-        B.unflatten(-1, (ngroups, N)),
-        C.unflatten(-1, (ngroups, N)),
+        B.reshape(*tokens, ngroups, N),
+        C.reshape(*tokens, ngroups, N),
         chunk_size,
         D=D,
-        z=z.unflatten(-1, (heads, P)) if rmsnorm_weight is None else None,
+        z=z.reshape(*tokens, heads, P) if rmsnorm_weight is None else None,
         dt_bias=dt_bias,
         initial_states=initial_states,
         seq_idx=seq_idx,
@@ -213,7 +216,7 @@ def mamba_split_conv1d_scan_combined(
 
 
 def _convolved(
-    xBC: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, seq_idx: Tensor | None
+    xBC: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, seq_idx: Tensor | None
 ) -> Tensor:
     if seq_idx is None:
         return causal_conv1d(xBC, weight, bias, activation=activation)
