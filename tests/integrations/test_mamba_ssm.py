@@ -87,7 +87,7 @@ def test_mamba_inner(norms, given):
     A, D, delta_bias = -positive(DIM, N), normal(DIM, seed=1), normal(DIM, seed=2)
     B, C = (normal(BATCH, N, LENGTH, seed=3), normal(BATCH, N, LENGTH, seed=4)) if given else (None, None)
     x_proj = normal(rank if given else rank + 2 * N, DIM)
-    weights = {"b_rms_weight": normal(N), "c_rms_weight": normal(N, seed=1), "dt_rms_weight": normal(rank)}
+    weights = {"b_rms_weight": normal(N), "c_rms_weight": normal(N, seed=1), "dt_rms_weight": normal(DIM)}
     weights = weights if norms else {}
     biases = {} if given else {"B_proj_bias": normal(N, seed=5), "C_proj_bias": normal(N, seed=6)}
     tensors = (xz, conv, conv_bias, x_proj, delta_proj, out_proj, out_bias, A)
@@ -99,7 +99,7 @@ def test_mamba_inner(norms, given):
     x, z = xz.chunk(2, dim=1)
     x = F.silu(F.conv1d(F.pad(x, (width - 1, 0)), conv, conv_bias, groups=DIM))
     projected = x.mT @ x_proj.T
-    delta = (rms(projected[..., :rank], "dt_rms_weight") @ delta_proj.T).mT
+    delta = rms(projected[..., :rank] @ delta_proj.T, "dt_rms_weight").mT
     if not given:
         B = rms(projected[..., rank : rank + N] + biases["B_proj_bias"], "b_rms_weight").mT
         C = rms(projected[..., rank + N :] + biases["C_proj_bias"], "c_rms_weight").mT

@@ -1,13 +1,12 @@
 """mamba_ssm.ops.selective_scan_interface: Mamba's scan and its fused block, features before time."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from onchip.integrations.mamba_ssm._arguments import refuse_complex
 from onchip.ops import causal_conv1d, selective_scan
+from onchip.ops._sequence import WithFinalState
 
 __all__ = ["mamba_inner_fn", "selective_scan_fn"]
 
@@ -51,11 +50,28 @@ def selective_scan_fn(
     >>> out.shape, last.shape
     (torch.Size([2, 8, 30]), torch.Size([2, 8, 4]))
     """
+    out, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, last) if return_last_state else out
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None = None,
+) -> WithFinalState:
+    """`selective_scan_fn` from an initial state `(batch, dim, d_state)` on, which mamba_ssm's has not."""
     refuse_complex(A=A, B=B, C=C)
     B_t, C_t = _time_first("B", B, u), _time_first("C", C, u)
     if B_t.shape[2] != C_t.shape[2]:
         B_t, C_t = (b.repeat_interleave(u.shape[1] // b.shape[2], dim=2) for b in (B_t, C_t))
-    result = selective_scan(
+    out, last = selective_scan(
         u.mT,
         delta.mT,
         A,
@@ -65,9 +81,10 @@ def selective_scan_fn(
         z=None if z is None else z.mT,
         dt_bias=delta_bias,
         dt_softplus=delta_softplus,
-        return_final_state=return_last_state,
+        initial_state=initial_state,
+        return_final_state=True,
     )
-    return (result.out.mT, result.final_state) if not isinstance(result, Tensor) else result.mT
+    return WithFinalState(out.mT, last)
 
 
 def _time_first(name: str, B: Tensor, u: Tensor) -> Tensor:
@@ -120,8 +137,9 @@ def mamba_inner_fn(
         B_proj_bias, C_proj_bias: `(d_state,)`, added to the projected ones.
         checkpoint_lvl: 0 or 1, which of the intermediate results mamba_ssm's backward pass computes again. It changes
             no number; here autograd keeps them.
-        b_rms_weight, c_rms_weight, dt_rms_weight: `(d_state,)`, `(d_state,)`, `(dt_rank,)`: RMS norms of the projected
-            B, C and delta, with `b_c_dt_rms_eps` (FalconMamba's).
+        b_rms_weight, c_rms_weight, dt_rms_weight: `(d_state,)`, `(d_state,)`, `(dim,)`: RMS norms of B, C and delta,
+            with `b_c_dt_rms_eps`. As in mamba_ssm delta is normalised after its projection (transformers' FalconMamba
+            does so before).
 
     Returns:
         `(batch, length, d_model)`.
@@ -142,12 +160,12 @@ def mamba_inner_fn(
     rank, N = delta_proj_weight.shape[1], A.shape[-1]
     sizes = [rank, *(0 if given is not None else N for given in (B, C))]
     delta, B_x, C_x = torch.split(F.linear(x, x_proj_weight), sizes, dim=-1)
-    delta = F.linear(_rms(delta, dt_rms_weight, b_c_dt_rms_eps), delta_proj_weight)
+    delta = _rms(F.linear(delta, delta_proj_weight), dt_rms_weight, b_c_dt_rms_eps)
     if B is None:
         B = _rms(B_x if B_proj_bias is None else B_x + B_proj_bias, b_rms_weight, b_c_dt_rms_eps).mT
     if C is None:
         C = _rms(C_x if C_proj_bias is None else C_x + C_proj_bias, c_rms_weight, b_c_dt_rms_eps).mT
-    y = cast(Tensor, selective_scan_fn(x.mT, delta.mT, A, B, C, D, z, delta_bias, delta_softplus))
+    y = scan(x.mT, delta.mT, A, B, C, D, z, delta_bias, delta_softplus).out
     bias = None if out_proj_bias is None else out_proj_bias.to(out_proj_weight.dtype)
     return F.linear(y.mT, out_proj_weight, bias)
 
