@@ -1,5 +1,8 @@
 """mamba_ssm's functions against their definitions, written out here as loops in mamba_ssm's own layouts."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -335,3 +338,27 @@ def test_norm_as_a_module():
     assert list(norm.state_dict()) == ["weight"]
     with pytest.raises(ValueError, match="group_size must divide x's 12 features, got 5"):
         rmsnorm_fn(x, norm.weight, None, group_size=5)
+
+
+def test_install():
+    from onchip.integrations import mamba_ssm
+
+    code = """
+from onchip.integrations import mamba_ssm as ours
+ours.install()
+import importlib.metadata
+import mamba_ssm
+import mamba_ssm.ops.triton.ssd_combined as combined
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.layernorm_gated import RMSNorm
+assert importlib.metadata.version("mamba-ssm") == mamba_ssm.__version__ == ours.EMULATED
+assert mamba_ssm.ops.triton.ssd_combined is combined
+ours.uninstall()
+try:
+    import mamba_ssm.ops
+except ModuleNotFoundError:
+    print("gone")
+"""
+    assert mamba_ssm.EMULATED
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "gone\n"
