@@ -13,14 +13,14 @@ from typing import NamedTuple
 class Emulated(NamedTuple):
     """A top-level package that onchip stands in for, as its clients know it.
 
-    `modules` are the names of its modules and of onchip's in their place; `distribution` and `version` those that its
-    metadata show.
+    `modules` are the names of its modules and of onchip's in their place, None for a package of nothing but modules;
+    `distribution` and `version` those that its metadata show.
     """
 
     package: str
     distribution: str
     version: str
-    modules: Mapping[str, str]
+    modules: Mapping[str, str | None]
 
 
 def install(packages: Sequence[Emulated], *, replace: bool = False) -> None:
@@ -82,10 +82,12 @@ class _Finder(importlib.metadata.DistributionFinder):
 class _Loader(Loader):
     """Fills a module with what onchip's module offers."""
 
-    def __init__(self, source: str, version: str) -> None:
+    def __init__(self, source: str | None, version: str) -> None:
         self.source, self.version = source, version
 
     def exec_module(self, module: ModuleType) -> None:
+        if self.source is None:
+            return
         source = importlib.import_module(self.source)
         names = [name for name in source.__all__ if name not in ("install", "uninstall")]
         module.__dict__.update({name: getattr(source, name) for name in names})

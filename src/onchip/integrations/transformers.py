@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from onchip.integrations import _transformers_state_space
 from onchip.ops import attention
 
 __all__ = ["register"]
@@ -50,6 +51,7 @@ def register() -> None:
         ) from error
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
+    _transformers_state_space.register()
 
 
 class CausalMask(Tensor):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import onchip
+from onchip.integrations._packing import packing
 from onchip.ops import _select
 from onchip.ops._sequence import WithFinalState, check_tensor
 from onchip.ops.causal_conv1d import IMPLEMENTATIONS, checks, step
@@ -81,15 +82,7 @@ def causal_conv1d_fn(
 def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activation: Activation) -> Tensor:
     """Rows that hold several sequences: all rows become one, in which a sequence ends with its row."""
     batch, channels, length = x.shape
-    if not isinstance(seq_idx, Tensor) or seq_idx.dtype not in (torch.int32, torch.int64):
-        got = getattr(seq_idx, "dtype", type(seq_idx).__name__)
-        raise TypeError(f"seq_idx must be an int32 or int64 tensor, got {got}")
-    if seq_idx.shape != (batch, length):
-        raise ValueError(f"seq_idx must have shape ({batch}, {length}), got {tuple(seq_idx.shape)}")
-    begins = torch.ones_like(seq_idx, dtype=torch.bool)
-    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    cu_seqlens = torch.cat([starts, starts.new_tensor([batch * length])])
+    cu_seqlens = packing(seq_idx, batch, length).cu_seqlens
     rows = x.transpose(1, 2).reshape(batch * length, channels)
     out = onchip.causal_conv1d(rows, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
     out = out.reshape(batch, length, channels).masked_fill(seq_idx[..., None] < 0, 0.0)
