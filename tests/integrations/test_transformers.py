@@ -211,13 +211,6 @@ def test_a_model_that_computes_with_its_mask_is_told():
         mask & mask
 
 
-def test_dropout_is_refused_with_the_setting_that_helps():
-    model = pair("llama", attention_dropout=0.1)[1]
-    model(input_ids=tokens(1, 4))
-    with pytest.raises(ValueError, match=r"has no dropout, got 0\.1: set the config's attention_dropout"):
-        model.train()(input_ids=tokens(1, 4))
-
-
 @pytest.mark.parametrize(
     ("name", "value", "instead"),
     [("position_bias", torch.zeros(1), "sdpa"), ("output_attentions", True, "eager"), ("cache", object(), "sdpa")],

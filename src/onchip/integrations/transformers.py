@@ -24,14 +24,14 @@ def register() -> None:
     Then `AutoModel.from_pretrained(path, attn_implementation="onchip")`, or `model.set_attn_implementation("onchip")`,
     runs every attention layer through `onchip.attention`, for training and for generation: causal and bidirectional,
     grouped queries, padding on either side, dynamic, static and sliding caches, sliding windows, softcap, sinks, packed
-    sequences (by `position_ids`, or by `cu_seq_lens_q` and `cu_seq_lens_k` for time linear in the sequences), and
-    masks of the caller's own. A row that sees no key, as in left padding, gives zeros (in eager attention a mean of
-    what is hidden).
+    sequences (by `position_ids`, or by `cu_seq_lens_q` and `cu_seq_lens_k` for time linear in the sequences), masks of
+    the caller's own, and dropout on the probabilities, whose seed is drawn from PyTorch's default generator. A row that
+    sees no key, as in left padding, gives zeros (in eager attention a mean of what is hidden).
 
     Raises:
         ImportError: transformers is not installed, or is older than 5.
 
-    What a model asks of its attention and is not here raises ValueError when the layer is called: dropout, returned
+    What a model asks of its attention and is not here raises ValueError when the layer is called: returned
     probabilities, relative position biases, paged caches.
 
     Cost: about 10 µs a call beyond `onchip.attention`, and one look at the padding a forward pass.
@@ -176,8 +176,8 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention: query `(B, H, T, D)`, key and value `(B, Hk, S, D)`; the output is `(B, T, H, D)`."""
-    if dropout or not _REFUSED.keys().isdisjoint(others):
-        _refuse(dropout, others)
+    if not _REFUSED.keys().isdisjoint(others):
+        _refuse(others)
     T, end = query.shape[2], key.shape[2]
     left, bias = None, None
     if attention_mask is None:
@@ -213,6 +213,7 @@ def _attention(
         sinks=s_aux,
         cu_seqlens_q=cu_seq_lens_q if packed else None,
         cu_seqlens_k=cu_seq_lens_k if packed else None,
+        dropout_p=dropout,
     )
     return (out[None] if packed else out), None
 
@@ -228,12 +229,7 @@ _REFUSED = {
 }
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
-    if dropout:
-        raise ValueError(
-            f'attn_implementation="onchip" has no dropout, got {dropout}: set the config\'s attention_dropout '
-            '(attn_pdrop, attention_probs_dropout_prob) to 0, or use attn_implementation="sdpa"'
-        )
+def _refuse(others: dict[str, Any]) -> None:
     for name in others.keys() & _REFUSED.keys():
         if others[name] is not None and others[name] is not False:
             _cannot(name, _REFUSED[name])

@@ -7,12 +7,12 @@ flash-attn on what is computed: `deterministic`, since onchip's gradients have t
 """
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from onchip.integrations.flash_attn._arguments import Window, no_dropout, unpack, window
-from onchip.ops.attention import attention_with_lse
+from onchip.integrations.flash_attn._arguments import Window, signed_probabilities, unpack, window
+from onchip.ops.attention import attention_with_lse, checks
 
 __all__ = [
     "flash_attn_func",
@@ -46,21 +46,23 @@ def flash_attn_func(
         q: `(B, Tq, H, D)`.
         k: `(B, Tk, Hk, D)`, H a multiple of Hk.
         v: `(B, Tk, Hk, Dv)`.
-        dropout_p: 0. Anything above raises.
+        dropout_p: the probability with which each attention probability is dropped, in [0, 1). The seed is drawn from
+            PyTorch's default generator, so that `torch.manual_seed` governs it.
         softmax_scale: by default 1/√D.
         causal: query i sees keys j ≤ i + Tk - Tq.
         window_size: `(left, right)`, -1 for no limit: query i sees keys i + Tk - Tq - left ≤ j ≤ i + Tk - Tq + right.
         softcap: bounds the logits; 0 for none.
         alibi_slopes: `(H,)` or `(B, H)`: adds -slope · |i + Tk - Tq - j|.
         deterministic: no effect, as gradients always have the same bits.
-        return_attn_probs: return the log-sum-exp too.
+        return_attn_probs: return the log-sum-exp too, and with dropout the probabilities, written out.
 
     Returns:
         `out`, `(B, Tq, H, Dv)` in q's dtype; with `return_attn_probs`, `(out, softmax_lse, S_dmask)`: the natural
-        log-sum-exp `(B, H, Tq)`, +inf for a row that sees nothing, and an empty tensor, as dropout is refused.
+        log-sum-exp `(B, H, Tq)`, +inf for a row that sees nothing, and without dropout an empty tensor. With dropout
+        S_dmask is the softmax before it, `(B, H, Tq, Tk)`, both lengths padded with zeros to multiples of 128, without
+        a gradient; a minus sign marks what was dropped (flash-attn's has another scale in each row).
 
     Raises:
-        NotImplementedError: dropout.
         ValueError, TypeError: what `onchip.attention` refuses.
 
     Numerics, cost and source are those of `onchip.attention`.
@@ -72,18 +74,11 @@ def flash_attn_func(
     >>> out.shape, softmax_lse.shape
     (torch.Size([2, 5, 8, 16]), torch.Size([2, 8, 5]))
     """
-    no_dropout(dropout_p)
-    out, lse = attention_with_lse(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window(window_size),
-        scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
-    return _returned(out, lse, return_attn_probs)
+    settings = _settings(dropout_p, softmax_scale, causal, window_size, softcap)
+    out, lse = attention_with_lse(q, k, v, alibi_slopes=alibi_slopes, **settings)
+    if not return_attn_probs:
+        return out
+    return out, _marked(lse), signed_probabilities(q, k, alibi_slopes, None, **settings)
 
 
 def flash_attn_kvpacked_func(
@@ -198,7 +193,7 @@ def flash_attn_varlen_func(
         `out`, `(total_q, H, Dv)`; with `return_attn_probs`, `(out, softmax_lse, S_dmask)` with `(H, total_q)`.
 
     Raises:
-        NotImplementedError: dropout or a block table.
+        NotImplementedError: a block table.
         ValueError, TypeError: what `onchip.attention` refuses; so are rows after the last sequence's end.
 
     >>> import torch
@@ -207,24 +202,18 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(q, q, q, starts, starts, 5, 5, causal=True).shape
     torch.Size([9, 8, 16])
     """
-    no_dropout(dropout_p)
     if block_table is not None:
         raise NotImplementedError(
             "block_table must be None: onchip.attention_with_cache serves key-value caches in pages"
         )
+    settings = _settings(dropout_p, softmax_scale, causal, window_size, softcap)
+    boundaries = cu_seqlens_q, cu_seqlens_k
     out, lse = attention_with_lse(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window(window_size),
-        scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        q, k, v, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **settings
     )
-    return _returned(out, lse, return_attn_probs)
+    if not return_attn_probs:
+        return out
+    return out, _marked(lse), signed_probabilities(q, k, alibi_slopes, boundaries, **settings)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -344,6 +333,15 @@ def flash_attn_with_kvcache(
     )
 
 
-def _returned(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
+def _settings(
+    dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window, softcap: float
+) -> dict[str, Any]:
+    """These arguments under onchip's names, with a seed, so that S_dmask shows what was dropped."""
+    dropout_p, seed = checks.dropout(dropout_p, None)
+    more = {"dropout_p": dropout_p, "seed": seed}
+    return {"scale": softmax_scale, "causal": causal, "window": window(window_size), "softcap": softcap, **more}
+
+
+def _marked(lse: Tensor) -> Tensor:
     # flash-attn 2 marks a row that sees nothing by +inf, with which its backward's exp(s - lse) is 0.
-    return (out, lse.masked_fill(lse == -math.inf, math.inf), out.new_empty(0)) if return_attn_probs else out
+    return lse.masked_fill(lse == -math.inf, math.inf)
