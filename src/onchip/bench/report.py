@@ -12,7 +12,7 @@ from onchip.bench.rows import Row
 from onchip.bench.timing import Quartiles
 
 NAMES = {"sdpa": "SDPA", "sdpa_flash": "flash", "sdpa_math": "math", "flex": "flex", "onchip": "onchip",
-         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN"}  # fmt: skip
+         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN", "attention": "onchip.attention"}  # fmt: skip
 CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
 UNITS = {"mm": "TFLOP/s", "read": "GB/s", "copy": "GB/s"}
 
@@ -35,7 +35,7 @@ def _weight(case: Case, gpu: bool) -> float:
     return 1 if gpu else 1 + case.operations / 1e11
 
 
-def show(suite: str, rows: Sequence[Row]) -> None:
+def show(suite: str, rows: Sequence[Row], subject: str = "attention") -> None:
     """A table of one suite's rows."""
     if not rows:
         return
@@ -57,7 +57,7 @@ def show(suite: str, rows: Sequence[Row]) -> None:
     for row, *labels in zip(rows, *varying, strict=True):
         figures = _extra(row, peers) if row.extra else _times(row, peers)
         table.add_row(*labels, *figures)
-    console.print(f"[bold]attention, {suite}[/bold]: {', '.join(common)}", highlight=False)
+    console.print(f"[bold]{subject}, {suite}[/bold]: {', '.join(common)}", highlight=False)
     setting = (
         f"torch {machine.torch}, triton {machine.triton}, CUDA {machine.cuda}, driver {machine.driver}"
         if machine.gpu
