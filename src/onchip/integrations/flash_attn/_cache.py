@@ -70,9 +70,10 @@ def _whole_rows(cache_batch_idx: Tensor, batch: int, k_cache: Tensor) -> Tensor:
         raise TypeError(f"cache_batch_idx must be a tensor of int32 or int64, got {got}")
     if cache_batch_idx.shape != (batch,):
         raise ValueError(f"cache_batch_idx must have shape ({batch},), got {tuple(cache_batch_idx.shape)}")
-    rows = read(cache_batch_idx)
-    if batch and not 0 <= rows.min() <= rows.max() < len(k_cache):
-        raise ValueError(f"cache_batch_idx must name rows from 0 to {len(k_cache) - 1}, got {rows.tolist()}")
+    if not (cache_batch_idx.is_cuda and torch.cuda.is_current_stream_capturing()):
+        rows = read(cache_batch_idx)
+        if batch and not 0 <= rows.min() <= rows.max() < len(k_cache):
+            raise ValueError(f"cache_batch_idx must name rows from 0 to {len(k_cache) - 1}, got {rows.tolist()}")
     return cache_batch_idx[:, None].int()
 
 
