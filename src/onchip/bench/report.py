@@ -14,7 +14,7 @@ from onchip.bench.rows import Row
 from onchip.bench.timing import Quartiles
 
 NAMES = {"sdpa": "SDPA", "sdpa_flash": "flash", "sdpa_math": "math", "flex": "flex", "onchip": "onchip",
-         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN"}  # fmt: skip
+         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN", "attention": "onchip.attention"}  # fmt: skip
 CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
 UNITS = {"mm": "TFLOP/s", "read": "GB/s", "copy": "GB/s"}
 
