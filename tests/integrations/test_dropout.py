@@ -9,8 +9,8 @@ from torch import nn
 
 import onchip
 from onchip.integrations import flash_attn
-from onchip.integrations import transformers as integration
 from onchip.integrations.torch import scaled_dot_product_attention, sdpa_through_onchip
+from onchip.integrations.transformers import attention as integration
 
 P = 0.17  # flash-attn's own
 FEATURES = ({}, {"causal": True}, {"window_size": (40, 17)}, {"softcap": 30.0, "causal": True}, {"alibi": True})

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from onchip.integrations.transformers import CausalMask, register
+from onchip.integrations.transformers import register
+from onchip.integrations.transformers.attention import CausalMask
 
 transformers = pytest.importorskip("transformers", reason="runs models of transformers (pip install 'onchip[dev]')")
 register()

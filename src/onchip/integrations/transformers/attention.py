@@ -12,49 +12,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from onchip.integrations import _transformers_state_space
+from onchip.integrations.transformers import NAME
 from onchip.ops import attention
-
-__all__ = ["register"]
-
-NAME = "onchip"
 
 
 def register() -> None:
-    """Make `attn_implementation="onchip"` known to transformers; again does no harm.
-
-    Then `AutoModel.from_pretrained(path, attn_implementation="onchip")`, or `model.set_attn_implementation("onchip")`,
-    runs every attention layer through `onchip.attention`, for training and for generation: causal and bidirectional,
-    grouped queries, padding on either side, dynamic, static and sliding caches, sliding windows, softcap, sinks, packed
-    sequences (by `position_ids` that restart, or by `cu_seq_lens_q` and `cu_seq_lens_k`; in time linear in their
-    number), masks of the caller's own, and dropout on the probabilities, whose seed is drawn from PyTorch's default
-    generator. A row that sees no key, as in left padding, gives zeros (in eager attention a mean of what is hidden).
-
-    Raises:
-        ImportError: transformers is not installed, or is older than 5.
-
-    What a model asks of its attention and is not here raises ValueError when the layer is called: returned
-    probabilities, relative position biases, paged caches.
-
-    Cost: about 5 µs a call beyond `onchip.attention`, 14 where keys of a static cache are cut off, and one look at the
-    padding a forward pass. `onchip bench transformers` measures the first.
-
-    >>> import pytest
-    >>> transformers = pytest.importorskip("transformers")
-    >>> register()
-    >>> "onchip" in transformers.AttentionInterface()
-    True
-    """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-    except ImportError as error:
-        raise ImportError(
-            "onchip.integrations.transformers needs transformers 5 (pip install 'transformers>=5')"
-        ) from error
+    """Make `attn_implementation="onchip"` known to transformers; again does no harm."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
-    _transformers_state_space.register()
 
 
 class CausalMask(Tensor):

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import __version__, integrations
+from transformers.integrations import hub_kernels
 
 from onchip.integrations.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from onchip.integrations.mamba_ssm.selective_scan_interface import scan, selective_scan_fn
@@ -67,9 +69,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def register() -> None:
     """Put onchip under the models whose modeling files are imported, and under those that will be."""
-    from transformers import __version__, integrations
-    from transformers.integrations import hub_kernels
-
     if not hasattr(hub_kernels, _HOOK):
         warnings.warn(
             f"onchip cannot serve state space models in transformers {__version__}, which has no hook for them; "
