@@ -25,8 +25,7 @@ _FAR = 1 << 48  # longer than any sequence, and positions may be added to it
 
 def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """The window's `(left, right)` as integers, -1 for unbounded."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
+    check_flag("causal", causal)
     if window is None:
         return (-1, 0) if causal else (-1, -1)
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -36,6 +35,12 @@ def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[i
             raise ValueError(f"window's {name} must be None (unbounded) or an integer of at least 0, got {side!r}")
     left, right = (-1 if side is None else min(side, _FAR) for side in window)
     return left, 0 if causal else right
+
+
+def check_flag(name: str, x: object) -> None:
+    """A switch is no number and no tensor."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
 
 
 def check_factors(scale: float | None, softcap: float) -> None:

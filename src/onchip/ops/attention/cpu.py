@@ -41,12 +41,14 @@ def forward(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op on the CPU."""
     starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
     out, lse = output_like(q, k, v, cu_seqlens_q)
     tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
-    sizes, settings = _sizes(q, k, v, left, right, starts), (scale, softcap, dropout_p)
+    sizes, settings = (*_sizes(q, k, v, left, right, starts), batch_invariant), (scale, softcap, dropout_p)
     _native.kernels.attention_forward(sizes, settings, seed, *starts, tensors)
     return out, lse
 
@@ -98,7 +100,7 @@ def backward(
         describe_table(per_head[0]) if slopes_grad else None,
         describe_table(per_head[1]) if sinks_grad else None,
     )
-    sizes, settings = _sizes(q, k, v, left, right, starts), (scale, softcap, dropout_p)
+    sizes, settings = (*_sizes(q, k, v, left, right, starts), False), (scale, softcap, dropout_p)
     _native.kernels.attention_backward(sizes, settings, seed, *starts, tensors, gradients, bias_shape)
     if slopes_grad:
         grad_slopes.copy_(per_head[0] if grad_slopes.ndim == 2 else per_head[0].sum(0))

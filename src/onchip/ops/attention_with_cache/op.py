@@ -17,7 +17,7 @@ library.define(  # type: ignore[no-untyped-call]
     "attention_with_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
     "Tensor cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, "
     "bool rotary_interleaved, int left, int right, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
-    "str backend) -> (Tensor out, Tensor lse)"
+    "bool batch_invariant, str backend) -> (Tensor out, Tensor lse)"
 )
 
 _attention_with_cache = torch.ops.onchip.attention_with_cache.default
