@@ -32,8 +32,9 @@ class Implementation:
     def refusal(self, *tensors: Tensor, requested: bool = True, batch_invariant: bool = False) -> str | None:
         """Why this implementation does not serve a call on these tensors, or None."""
         device = tensors[0].device
-        on_request = self.on_request if requested else ()
-        if self.devices is not None and device.type not in self.devices + on_request:
+        if self.devices is not None and not (
+            (kind := device.type) in self.devices or (requested and kind in self.on_request)
+        ):
             return f"it runs on {'GPUs' if 'cuda' in self.devices else 'CPUs'}, and the call's tensors are on {device}"
         if batch_invariant and not self.batch_invariant:
             return "batch_invariant=True: the order of its sums, which are PyTorch's, depends on the shapes"

@@ -128,8 +128,7 @@ def _(
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
     """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return backward or forward_ad._current_level >= 0
+    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0
 
 
 class _Attention(torch.autograd.Function):
