@@ -38,17 +38,20 @@ _attention_backward = torch.ops.onchip.attention_backward.default
 _ARGUMENTS = sum(not argument.kwarg_only for argument in _attention._schema.arguments)
 
 
-def attention(*args: Any, **asked: bool) -> tuple[Tensor, Tensor]:
+def attention(*args: Any, batch_invariant: bool) -> tuple[Tensor, Tensor]:
     """Call the op; arguments in the schema's order.
 
     Where nothing can require a gradient the autograd kernel is skipped: being Python, it would be a third of the price
-    of a decode step's call.
+    of a decode step's call. What is left out costs nothing.
     """
+    asked = {"batch_invariant": True} if batch_invariant else {}
     if torch.compiler.is_compiling():
         return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
-    if in_torch_func_grad():
-        return cast(tuple[Tensor, Tensor], _Attention.apply(asked, *args))  # type: ignore[no-untyped-call]
-    if _needs_grad(args) or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
+        if in_torch_func_grad():
+            return cast(tuple[Tensor, Tensor], _Attention.apply(asked, *args))  # type: ignore[no-untyped-call]
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
+    if _needs_grad(args):
         return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
     with torch._C._AutoDispatchBelowAutograd():
         return cast(tuple[Tensor, Tensor], _attention(*args, **asked))

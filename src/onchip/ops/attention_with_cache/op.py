@@ -72,7 +72,7 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *more: Any) -> tuple[Tensor, 
 
 @torch.library.impl(library, "attention_with_cache", "Autograd")
 def _without_gradient(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
         _refuse_gradients(args)
     with torch._C._AutoDispatchBelowAutograd():
         result = _attention_with_cache(*args)
