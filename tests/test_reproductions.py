@@ -28,6 +28,11 @@ def flashattention3():
     yield from loaded("flashattention3")
 
 
+@pytest.fixture(scope="module")
+def block_sparse():
+    yield from loaded("block_sparse")
+
+
 def loaded(name):
     spec = spec_from_file_location(name, REPRODUCTIONS / f"{name}.py")
     module = module_from_spec(spec)
@@ -136,3 +141,34 @@ def test_cases_are_those_of_flashattention2(flashattention2, device):
     assert backward.operations == 2.5 * full.operations and backward.alone
     if device == "cuda":
         assert full.batch * full.q_len == 16384 and full.heads * full.head_dim == 2048 and full.dtype == "bfloat16"
+
+
+@pytest.mark.slow
+def test_block_sparse_runs(tmp_path):
+    script = [sys.executable, str(REPRODUCTIONS / "block_sparse.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    verdicts = re.findall("PASS|FAIL", run.stdout)
+    assert len(verdicts) == 3, run.stderr
+    assert run.returncode == ("FAIL" in verdicts)
+    assert verdicts[0] == "PASS"  # exactness; the sequence is too short here for the others to say much
+    assert (tmp_path / "block_sparse.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cost, holds", [(0.29, True), (0.31, False)])
+def test_time_is_judged_by_the_density(block_sparse, cost, holds):
+    costs = {name: Quartiles(cost, cost, cost) for name in block_sparse.PASSES}
+    cheap = {name: Quartiles(0.5, 0.5, 0.5) for name in block_sparse.PASSES}
+    points = [block_sparse.Point("random", 0.75, cheap), block_sparse.Point("butterfly", 0.25, costs)]
+    for name in block_sparse.PASSES:
+        assert block_sparse.proportional(points, name).holds is holds
+
+
+def test_errors_under_a_mask_are_judged_against_standard_attentions(block_sparse):
+    assert block_sparse.exact({"butterfly": (2e-6, 1e-6), "random": (1e-6, 1e-6)}).holds
+    assert not block_sparse.exact({"butterfly": (2.6e-6, 1e-6), "random": (1e-6, 1e-6)}).holds
+
+
+def test_the_masks_have_the_densities_they_say(block_sparse):
+    found = block_sparse.masks(2048)
+    for density in block_sparse.DENSITIES:
+        assert found[f"random {density:.2f}"].density == density

@@ -51,6 +51,20 @@ def _attention_with_everything(architecture: str, dtype: torch.dtype, dim: int) 
     return [*launches.attend(call, out, lse), *_backward(call, saved, out, grad_lse=lse, grad_slopes=lse), grad_bias]
 
 
+def _block_sparse_attention(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """All passes over 4096 causal queries of 16 heads on 4 key heads, under a block mask."""
+    from onchip.ops.attention.block_mask import BlockMask
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta((1, 4096, 16, dim), (1, 4096, 4, dim), (1, 4096, 4, dim), dtype=dtype)
+    mask = BlockMask.local(4096, 4096, window=(500, 0), n_global=1).to("meta")
+    settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (4096, 4096), architecture)
+    call = launches.Call(q, k, v, *settings, block_mask=mask)
+    out, lse = torch.empty_like(q), _float32(1, 16, 4096)
+    saved = launches.Saved(torch.empty_like(out), lse, torch.empty_like(lse))
+    return [*launches.attend(call, out, lse), *_backward(call, saved, out)[1:]]
+
+
 def _backward(
     call: "Call", saved: "Saved", out: Tensor, grad_lse: Tensor | None = None, grad_slopes: Tensor | None = None
 ) -> list[Launch]:
@@ -143,6 +157,7 @@ SPECIMENS = {
     "attention bfloat16 128, everything": Specimen(
         partial(_attention_with_everything, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
     ),
+    "attention bfloat16 128, block-sparse": Specimen(partial(_block_sparse_attention, dtype=torch.bfloat16, dim=128)),
     "attention bfloat16 256": Specimen(
         partial(_attention, dtype=torch.bfloat16, dim=256), ("sm_80", "sm_90", "gfx942")
     ),
