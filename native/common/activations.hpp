@@ -11,8 +11,7 @@ constexpr T kLog2e = T(1.442695040888963407360);
 // 2^x for any x: inf from half an octave below the largest number on, 0 below the smallest normal one, NaN for NaN.
 template <class T>
 inline Vec<T> exp2_any(Vec<T> x) {
-    const Vec<T> ceiling = broadcast(T(sizeof(T) == 4 ? 128 : 1024));
-    return exp2(ceiling < x ? ceiling : x);  // one instruction, which keeps a NaN
+    return exp2(at_most(broadcast(T(sizeof(T) == 4 ? 128 : 1024)), x));
 }
 
 // e^-|x|.
