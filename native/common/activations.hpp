@@ -40,4 +40,16 @@ inline Vec<T> softplus(Vec<T> x) {
     return x > 20 ? x : above + 2 * s * sum;
 }
 
+template <class T>
+inline Vec<T> silu(Vec<T> x) {
+    return x * sigmoid<T>(x);
+}
+
+// The derivative of silu.
+template <class T>
+inline Vec<T> silu_slope(Vec<T> x) {
+    const Vec<T> s = sigmoid<T>(x);
+    return s * (1 + x * (1 - s));
+}
+
 }  // namespace onchip::ONCHIP_ISA

@@ -84,10 +84,7 @@ private:
             const Vec<T> D = load(chunk_.D + j);
             for (int64_t at = j; at < j + length * W; at += W) {
                 Vec<T> dy = load(out_ + at);
-                if (p_.z) {
-                    const Vec<T> z = load(z_ + at);
-                    dy *= z * sigmoid<T>(z);
-                }
+                if (p_.z) dy *= silu<T>(load(z_ + at));
                 store(dy_ + at, dy);
                 store(y_ + at, D * load(chunk_.x + at));
                 dD += dy * load(chunk_.x + at);
@@ -195,13 +192,11 @@ private:
         chunk_.write_channels(g_.dt, to_decay_, s, block, t, length);
     }
 
-    // y silu'(z) times the output's gradient; silu' = σ (1 + z (1 - σ)).
+    // The gradient of z, y silu'(z) times the output's.
     void leave_gate(const Sequence& s, const Block& block, int64_t t, int64_t length) {
         for (int64_t i = 0; i < length * W; i += W) {
-            for (int64_t j = i; j < i + block.lanes<T>(); j += L) {
-                const Vec<T> z = load(z_ + j), r = sigmoid<T>(z);
-                store(y_ + j, load(y_ + j) * load(out_ + j) * (r * (1 + z * (1 - r))));
-            }
+            for (int64_t j = i; j < i + block.lanes<T>(); j += L)
+                store(y_ + j, load(y_ + j) * load(out_ + j) * silu_slope<T>(load(z_ + j)));
         }
         chunk_.write_channels(g_.z, y_, s, block, t, length);
     }

@@ -5,8 +5,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from onchip.ops import _select
-from onchip.ops._sequence import WithFinalState, check_tensor
-from onchip.ops.selective_scan import checks, cpu, op, reference
+from onchip.ops._sequence import STATE_DTYPES, WithFinalState, check_tensor
+from onchip.ops.selective_scan import checks, cpu, op, reference, step
 from onchip.ops.selective_scan.arguments import Call
 
 Backend = Literal["cpu", "reference"]
@@ -15,7 +15,6 @@ IMPLEMENTATIONS = (
     _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
     _select.Implementation("reference"),
 )
-STEPS = (_select.Implementation("reference"),)
 
 
 @overload
@@ -158,7 +157,7 @@ def selective_scan_step(
         A, D, dt_bias, dt_softplus: as of `selective_scan`.
         B_t, C_t: `(B, G, N)`.
         out_state: where to write h', of state's shape and one of its dtypes; it may be `state` itself, which is then
-            updated in place. Not differentiable. By default h' is a new tensor, in float32 (float64).
+            updated in place. By default h' is a new tensor, in float32 (float64).
         backend: as of `selective_scan`.
 
     Returns:
@@ -167,9 +166,9 @@ def selective_scan_step(
     Raises:
         ValueError: shapes or values that do not fit, naming the argument, what was expected and what came.
         TypeError: dtypes or devices that do not fit.
-        RuntimeError: a gradient is asked for of a call with `out_state`.
 
     Numerics and source: as of `selective_scan`. Cost: B·D·N exponentials; the state is read once and written once.
+    Where a gradient is asked for, the reference runs.
 
     >>> import torch, onchip
     >>> x, dt, B, C = torch.randn(2, 8), torch.rand(2, 8), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
@@ -179,16 +178,16 @@ def selective_scan_step(
     (torch.Size([2, 8]), torch.Size([2, 8, 4]))
     """
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
-    _select.choose("selective_scan_step", STEPS, backend, x_t, state, dt_t, A, B_t, C_t)
-    y, h = reference.selective_scan_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus)
+    tensors = (x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias)
+    in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t) == "reference"
+    if in_reference or step.differentiated(*tensors):
+        y_t, new = reference.selective_scan_step(*tensors, dt_softplus)
+        return y_t, new if out_state is None else out_state.copy_(new)
     if out_state is None:
-        return y, h
-    if y.requires_grad or h.requires_grad:
-        raise RuntimeError(
-            "selective_scan_step writes out_state without a gradient, and one is asked for: leave out_state out, or "
-            "call it under torch.no_grad()"
-        )
-    return y, out_state.copy_(h)
+        out_state = state.to(STATE_DTYPES[x_t.dtype], copy=True)
+    elif out_state is not state:
+        out_state.copy_(state)
+    return step.step(x_t, out_state, *tensors[2:], dt_softplus, backend), out_state
 
 
 def selective_scan_matrix(
@@ -226,4 +225,4 @@ def selective_scan_matrix(
 
 
 _select.register(selective_scan, IMPLEMENTATIONS, tensors=5)
-_select.register(selective_scan_step, STEPS, tensors=6)
+_select.register(selective_scan_step, IMPLEMENTATIONS, tensors=1)
