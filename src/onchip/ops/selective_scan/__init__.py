@@ -2,17 +2,33 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from onchip.ops import _select
+from onchip.ops import _select, _triton
 from onchip.ops._sequence import STATE_DTYPES, WithFinalState, check_tensor
 from onchip.ops.selective_scan import checks, cpu, op, reference, step
 from onchip.ops.selective_scan.arguments import Call
 
-Backend = Literal["cpu", "reference"]
+Backend = Literal["cpu", "triton", "reference"]
+
+TRITON_MAX_STATES = 256
+
+
+def _triton_limits(x: Tensor, *more: Tensor) -> str | None:
+    # Here and not beside the kernels, which are not imported before one of them runs.
+    if x.dtype == torch.float64:
+        return "it computes in float32, and the call is in float64"
+    if more and more[1].shape[1] > TRITON_MAX_STATES:
+        return (
+            f"it holds a channel's states in registers, up to {TRITON_MAX_STATES}, and the call has {more[1].shape[1]}"
+        )
+    return _triton.limits(x.device)
+
 
 IMPLEMENTATIONS = (
     _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
     _select.Implementation("reference"),
 )
 
@@ -94,8 +110,8 @@ def selective_scan(
         return_final_state: also return h after the last token.
         cu_seqlens: `(sequences + 1,)` int32 or int64, from 0 to total without descending: where each packed sequence
             begins. Each begins with its own initial state.
-        backend: "reference" asks for an implementation and raises where it cannot serve; by default the fastest that
-            can. See `onchip.explain`.
+        backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
+            the fastest that can. See `onchip.explain`. The kernels in Triton go to N = 256.
 
     Returns:
         The output, as x; with `return_final_state` a named tuple `(out, final_state)`, the state in float32 (float64
@@ -179,7 +195,7 @@ def selective_scan_step(
     """
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
     tensors = (x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias)
-    in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t) == "reference"
+    in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t, dt_t, A) == "reference"
     if in_reference or step.differentiated(*tensors):
         y_t, new = reference.selective_scan_step(*tensors, dt_softplus)
         return y_t, new if out_state is None else out_state.copy_(new)

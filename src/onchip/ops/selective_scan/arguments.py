@@ -7,7 +7,7 @@ from torch import Tensor
 
 from onchip.ops._sequence import STATE_DTYPES
 
-CHUNK = 64  # tokens between two states that the backward pass finds saved
+CHUNK = 32  # tokens between two states that the backward pass finds saved
 
 
 class Call(NamedTuple):
