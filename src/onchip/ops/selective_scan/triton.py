@@ -96,6 +96,15 @@ def _place(shape, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _saved(at, shape, CHUNK: tl.constexpr):
+    """The row of a sequence's first state among those saved: see `Call.results`."""
+    row = at.sequence * tl.cdiv(shape.time, CHUNK)
+    if shape.starts is not None:
+        row = at.row // CHUNK + at.sequence
+    return row
+
+
+@triton.jit
 def _load(x, at, t):
     """(tokens, channels) in float32, zeros beyond."""
     offset = at.batch * x.batch + (at.start + t)[:, None] * x.time + at.channel[None, :] * x.channel
@@ -188,7 +197,7 @@ def _forward(
     state = tl.zeros([WIDTH, STATES], tl.float32)
     if initial is not None:
         state = tl.load(initial + at.sequence * size + plane, mask=mask, other=0)
-    saved = at.row // CHUNK + at.sequence
+    saved = _saved(at, shape, CHUNK)
     for begin in range(0, at.length, TILE):
         if checkpoints is not None:
             row = (saved + begin // CHUNK) * size + n.to(tl.int64)[None, :] * shape.channels + at.channel[:, None]
@@ -255,7 +264,7 @@ def _backward(
         t = begin + tl.arange(0, TILE)
         # The states before each of the tile's tokens: those after the tokens one earlier, from the chunk's start on.
         chunk = begin // CHUNK * CHUNK
-        row = (at.row // CHUNK + at.sequence + begin // CHUNK) * size
+        row = (_saved(at, shape, CHUNK) + begin // CHUNK) * size
         row += n.to(tl.int64)[None, :] * shape.channels + at.channel[:, None]
         state = tl.load(checkpoints + row, mask=mask, other=0)
         for earlier in range(chunk, begin, TILE):
@@ -418,9 +427,9 @@ def _shape(call: Call) -> Shape:
 
 
 def _sizes(call: Call) -> tuple[int, int]:
-    """How many channels and states a program takes; more than there are states, as its tiles are powers of two."""
-    states = triton.next_power_of_2(call.A.shape[1])
-    return max(_PLANE // states, 1), states
+    """How many channels and states a program takes: powers of two, which may be more than there are."""
+    states, group = triton.next_power_of_2(call.A.shape[1]), call.A.shape[0] // call.B.shape[-2]
+    return min(max(_PLANE // states, 1), triton.next_power_of_2(group)), states
 
 
 def _grid(call: Call) -> tuple[int, int]:
