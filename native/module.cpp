@@ -273,6 +273,13 @@ void selective_scan_backward(const ScanSizes& sizes, const std::vector<int64_t>&
     chosen.selective_scan.backward(p, g);
 }
 
+// The first size is the number of rows, and the second 1: the tensors have no time.
+void selective_scan_step(const ScanSizes& sizes, const ScanTensors& tensors) {
+    const selective_scan::Problem p = scan_problem(sizes, {}, tensors);
+    nb::gil_scoped_release release;
+    chosen.selective_scan.step(p);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -290,6 +297,7 @@ NB_MODULE(_native, m) {
     m.def("hadamard_transform", hadamard_transform);
     m.def("selective_scan_forward", selective_scan_forward);
     m.def("selective_scan_backward", selective_scan_backward);
+    m.def("selective_scan_step", selective_scan_step);
     m.def("selective_scan_blocks", [](int64_t channels, int64_t groups, bool wide) {
         return chosen.selective_scan.blocks(channels, groups, wide);
     });

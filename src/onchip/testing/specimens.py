@@ -126,6 +126,20 @@ def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
     return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
 
 
+def _selective_scan(architecture: str, dtype: torch.dtype, states: int) -> list[Launch]:
+    """Both passes over two sequences of 2048 tokens of 1536 channels, with everything."""
+    from onchip.ops.selective_scan import triton as scan
+    from onchip.ops.selective_scan.arguments import Call
+
+    x, B = _meta((2, 2048, 1536), (2, 2048, 1, states), dtype=dtype)
+    A, D, state = _float32(1536, states), _float32(1536), _float32(2, 1536, states)
+    call = Call(x, x, A, B, B, D, x, D, state, None, True)
+    out, final_state, checkpoints = call.results(save=True)
+    grads = (x, x, x, state, state, state, state, state, state)
+    backward = scan.launch_backward(call, checkpoints, x, state, *grads)
+    return [scan.launch_forward(call, out, final_state, checkpoints), backward]
+
+
 def _causal_conv1d(architecture: str, dtype: torch.dtype, width: int) -> list[Launch]:
     """All passes with SiLU over packed sequences of 4096 rows and 2048 channels, and a step of a batch of 8."""
     from onchip.ops.causal_conv1d import triton as conv
@@ -170,6 +184,7 @@ SPECIMENS = {
         partial(_batch_invariant, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
     ),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
+    "selective scan bfloat16 16": Specimen(partial(_selective_scan, dtype=torch.bfloat16, states=16)),
     "causal_conv1d bfloat16 4": Specimen(partial(_causal_conv1d, dtype=torch.bfloat16, width=4)),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
