@@ -144,7 +144,7 @@ def discretize(
         raise ValueError(f'alpha must be from 0 to 1 with method "gbt", and None with any other, got {alpha!r}')
     N = A.shape[-1]
     dt = torch.as_tensor(dt, dtype=A.dtype, device=A.device)
-    systems = torch.broadcast_tensors(A[..., 0, 0], B[..., 0], dt)[0].shape
+    systems = torch.broadcast_shapes(A.shape[:-2], B.shape[:-1], dt.shape)  # type: ignore[no-untyped-call]
     AB = torch.cat([A.expand(*systems, N, N), B.expand(*systems, N)[..., None]], dim=-1) * dt[..., None, None]
     if method == "zoh":
         moved = torch.linalg.matrix_exp(F.pad(AB, (0, 0, 0, 1)))[..., :N, :]
