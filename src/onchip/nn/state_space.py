@@ -307,4 +307,4 @@ def _parts(z: Tensor) -> Tensor:
 
 
 def _complex(x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+    return torch.view_as_complex(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).contiguous())
