@@ -192,7 +192,7 @@ def cauchy_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, L
     Raises:
         ValueError: shapes that do not fit, or L below 1.
 
-    Numerics: the dtype of the arguments. Differences z - Λ are taken as they are, not as squares.
+    Numerics: the dtype of the arguments. Nothing cancels but z - Λ itself, near a frequency of Λ.
 
     Cost: 4·H·N·L·(rank + 1)² operations and a transform of length L; memory 16·H·N bytes for each of
     1024 roots of unity, backward too, where each thousand is computed again.
@@ -225,12 +225,17 @@ def cauchy_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, L
 def _transform(half: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> Tensor:
     """k̂ at θ = 2·half, `(H, len(half))`."""
     sin, cos = half.sin().to(dt), half.cos().to(dt)
-    poles = torch.cat([Lambda, Lambda.conj()], dim=-1)[..., None]
-    resolvent = 1 / (1j * (2 / dt)[:, None, None] * sin - cos * poles)
+    decay, frequency = (
+        torch.cat([z, sign * z], dim=-1)[..., None] for z, sign in ((-Lambda.real, 1), (Lambda.imag, -1))
+    )
+    gap, damping = (2 / dt)[:, None, None] * sin - cos * frequency, cos * decay
+    scale = 1 / (gap.square() + damping.square())
+    resolvent = torch.cat([damping * scale, -gap * scale], dim=1)  # 1 / (damping + √-1·gap), in real arithmetic
     left, right = torch.cat([C[:, None], P.conj()], dim=1), torch.cat([B[:, None], P], dim=1)
     products = left[:, :, None] * right[:, None]  # (H, 1 + rank, 1 + rank, N/2)
-    R = torch.cat([products, products.conj()], dim=-1).flatten(1, 2) @ resolvent
-    R = R.reshape(*products.shape[:3], -1)
+    re, im = (torch.cat([z, sign * z], dim=-1).flatten(1, 2) for z, sign in ((products.real, 1), (products.imag, -1)))
+    weights = torch.cat([torch.cat([re, -im], dim=-1), torch.cat([im, re], dim=-1)], dim=1)
+    R = torch.complex(*(weights @ resolvent).chunk(2, dim=1)).reshape(*products.shape[:3], -1)
     for k in range(P.shape[1], 0, -1):
         R = R - cos * R[:, :, k : k + 1] * R[:, k : k + 1] / (1 + cos * R[:, k : k + 1, k : k + 1])
     return R[:, 0, 0] * torch.polar(torch.ones_like(half), half).to(R)

@@ -132,7 +132,7 @@ class TimeInvariantFilters(Filters[FilterState]):
     def _system(self) -> System:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._discretize()
-        made_of = [*self.parameters(), *self.buffers()]
+        made_of = [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
         if any(tensor.is_inference() for tensor in made_of):  # they count no writes
             return self._discretize()
         if self._kept is None or not _unchanged(self._kept[0], made_of):
