@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         return y
 
 
-def accuracies(make: Callable[[int], nn.Module], epochs: int, *, d_model: int = 64, depth: int = 2) -> list[float]:
+def accuracies(make: Callable[[int], nn.Module], epochs: int, d_model: int, depth: int = 2) -> list[float]:
     """Test accuracy after each epoch. A filter's own parameters learn slowly and do not decay, as published."""
     torch.manual_seed(0)
     train, test = load()

@@ -8,8 +8,9 @@ The paper claims:
 
 Here each is measured on this machine, and passes or fails by itself. The Transformer has as many layers, features and
 sequences, keeps its keys and values, and differs from the S4 model in its mixers alone; its cache is filled with random
-numbers, and both take steps after it. The images are scikit-learn's 1,797 digits instead: the claim is taken to hold
-if S4 reaches 95 % where the same model without memory does not reach 60 %.
+numbers, and both take steps after it, on one core. How long the context must be for a factor of 60 is a matter of the
+machine; here it is sought up to 131,072 tokens. The images are scikit-learn's 1,797 digits instead: the claim is taken
+to hold if S4 reaches 95 % where the same model without memory does not reach 60 %.
 
     python reproductions/s4.py             about five minutes
     python reproductions/s4.py --quick     short contexts, one epoch: it runs, and says little
@@ -67,9 +68,10 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
+    torch.set_num_threads(1)
+    steps = measure_steps((64, 128) if quick else (1024, 8192, 32768, 131072), seconds=0.2 if quick else 8.0)
     torch.set_num_threads(machine.cores())
-    steps = measure_steps((64, 128) if quick else (1024, 4096, 16384, 65536), seconds=0.2 if quick else 8.0)
-    learned = learn(1 if quick else 20)
+    learned = learn(1, d_model=8) if quick else learn(20, d_model=64)
     findings = [
         views(64 if quick else 1024),
         kernels(256 if quick else 4096),
@@ -189,15 +191,15 @@ def generation(steps: Steps) -> Finding:
     )
 
 
-def learn(epochs: int) -> dict[str, list[float]]:
+def learn(epochs: int, d_model: int) -> dict[str, list[float]]:
     """Test accuracy on sequential digits after each epoch."""
     import digits
 
     from onchip.nn.mixers import S4
 
     return {
-        "S4": digits.accuracies(lambda d_model: S4(d_model, 32, dt_min=0.01, dt_max=0.5), epochs),
-        "without memory": digits.accuracies(digits.Memoryless, epochs),
+        "S4": digits.accuracies(lambda n: S4(n, 32, dt_min=0.01, dt_max=0.5), epochs, d_model),
+        "without memory": digits.accuracies(digits.Memoryless, epochs, d_model),
     }
 
 
@@ -238,10 +240,11 @@ def draw(steps: Steps, learned: Mapping[str, Sequence[float]], out: Path) -> Pat
         values = [100 * x for x in learned[label]]
         right.plot(range(1, len(values) + 1), values, "o-" if len(values) == 1 else "-", color=color)
         right.annotate(
-            label, (len(values), values[-1]), color=color, xytext=(0, -12), textcoords="offset points", ha="right"
+            label, (len(values), values[-1]), color=color, xytext=(0, -15), textcoords="offset points", ha="right"
         )
     right.axhline(100 * ACCURACY, color="#8a8a8a", linewidth=0.8, linestyle=":")
     right.set_ylim(0, 102)
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_xlabel("epoch")
     right.set_ylabel("sequential digits, % right")
     for panel in (left, right):
