@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -163,9 +163,9 @@ class HiPPO(Filters[HiPPOState]):
         """`_moves` of this mixer; the matrices of a time-invariant measure are those of its first block."""
         if self.measure != "legs":
             first, blocks = 0, 1
-        moves = _moves if keep else _moves.__wrapped__
         what = (self.measure, self.d_state, self.discretization, self.dt)
-        return moves(*what, first, blocks, length, self._dtype, self.D.device)
+        moves: Tensor = (_kept if keep else _moves)(*what, first, blocks, length, self._dtype, self.D.device)
+        return moves
 
     def _check_state(self, x: Tensor, state: HiPPOState) -> None:
         shape = (len(x), self.d_model, self.d_state)
@@ -174,7 +174,6 @@ class HiPPO(Filters[HiPPOState]):
             raise ValueError(f"state must be of the input's rows and of this mixer, {shape} {self._dtype}, got {got}")
 
 
-@lru_cache(maxsize=16)
 def _moves(
     measure: hippo.Measure,
     N: int,
@@ -201,3 +200,12 @@ def _moves(
             move[:, N + i] = B[:, i]
             moves.append(move.to(device, dtype))
         return torch.stack(moves, dim=1)
+
+
+_cached = lru_cache(maxsize=16)(_moves)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kept(*what: Any) -> Tensor:
+    """`_moves`, made once; to torch.compile a constant."""
+    return _cached(*what)

@@ -42,6 +42,7 @@ class LSSL(TimeInvariantFilters):
     True
     """
 
+    undecayed = ("A", "B")
     A: torch.Tensor
     B: torch.Tensor
 

@@ -43,6 +43,8 @@ class S4(TimeInvariantFilters):
     True
     """
 
+    undecayed = ("log_decay", "frequency", "P", "B")
+
     def __init__(
         self,
         d_model: int,

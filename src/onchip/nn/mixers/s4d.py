@@ -49,6 +49,8 @@ class S4D(TimeInvariantFilters):
     True
     """
 
+    undecayed = ("log_decay", "frequency")
+
     def __init__(
         self,
         d_model: int,
