@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from onchip.nn import hippo
 from onchip.nn.mixers.base import State
-from onchip.nn.mixers.state_space import Filters, check_state_size
+from onchip.nn.mixers.filters import Filters, check_state_size
 from onchip.ops._sequence import check_boundaries, sequences
 
 _KEPT = 32  # chunks whose matrices are made, and kept, together
@@ -96,6 +96,7 @@ class HiPPO(Filters[HiPPOState]):
 
     def step(self, x_t: Tensor, state: HiPPOState) -> tuple[Tensor, HiPPOState]:
         """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it. Memory is constant."""
+        self._check_token(x_t)
         self._check_state(x_t, state)
         with self._exactly():
             u, seen = x_t.to(self._dtype), state.seen + 1

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from onchip.nn import hippo
-from onchip.nn.mixers.state_space import TimeInvariantFilters, as_parameter, check_state_size
+from onchip.nn.mixers.filters import TimeInvariantFilters, as_parameter, check_state_size
 from onchip.nn.state_space import LowRankSystem
 
 _MIN_DECAY = 1e-4

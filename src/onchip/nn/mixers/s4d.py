@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from onchip.nn import hippo
-from onchip.nn.mixers.state_space import TimeInvariantFilters, as_parameter, check_state_size
+from onchip.nn.mixers.filters import TimeInvariantFilters, as_parameter, check_state_size
 from onchip.nn.state_space import LinearSystem
 
 Init = Literal["legs", "inv", "lin", "real"]

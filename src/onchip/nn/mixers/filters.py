@@ -47,6 +47,10 @@ class Filters(Mixer[S]):
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         return cast(Tensor, self.out(F.gelu(y).to(x.dtype)))
 
+    def _check_token(self, x_t: Tensor) -> None:
+        if x_t.ndim != 2 or x_t.shape[1] != self.d_model:
+            raise ValueError(f"x_t must be (B, d_model) with d_model = {self.d_model}, got {tuple(x_t.shape)}")
+
     @property
     def _dtype(self) -> torch.dtype:
         return STATE_DTYPES[self.D.dtype]
@@ -91,6 +95,7 @@ class TimeInvariantFilters(Filters[FilterState]):
 
     def step(self, x_t: Tensor, state: FilterState) -> tuple[Tensor, FilterState]:
         """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it. Memory is constant."""
+        self._check_token(x_t)
         self._check_state(x_t, state)
         with self._exactly():
             u = x_t.to(self._dtype)

@@ -232,6 +232,8 @@ def test_bad_input(make):
         for call in (lambda state=state: mixer(x, state), lambda state=state: mixer.step(x[:, 0], state)):
             with pytest.raises(ValueError, match=r"state must be of the input's rows and of this mixer, \(2, 3, "):
                 call()
+    with pytest.raises(ValueError, match=r"x_t must be \(B, d_model\) with d_model = 3, got \(2, 4\)"):
+        mixer.step(torch.randn(2, 4), mixer.initial_state(2))
     with pytest.raises(ValueError, match="cu_seqlens"):
         mixer(x[0], cu_seqlens=torch.tensor([0, 3, 2, 5]))
     with pytest.raises(TypeError, match="cu_seqlens"):
