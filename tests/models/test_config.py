@@ -24,7 +24,7 @@ def test_a_config_keeps_its_own_layers():
     ("change", "error", "message"),
     [
         ({"vocab": 3}, ValueError, "has no vocab; it knows vocab_size, d_model"),
-        ({"d_mlp": None}, TypeError, "d_mlp must be an integer, got None"),
+        ({"d_mlp": 1.5}, TypeError, "d_mlp must be an integer, got 1.5"),
         ({"d_model": 0}, ValueError, "d_model must be positive, got 0"),
         ({"vocab_size": 2.5}, TypeError, "vocab_size must be an integer, got 2.5"),
         ({"vocab_size": True}, TypeError, "vocab_size must be an integer, got True"),
