@@ -12,11 +12,13 @@
 #include "attention/problem.hpp"
 #include "common/scratch.hpp"
 #include "hadamard/problem.hpp"
+#include "selective_scan/problem.hpp"
 
-#define ONCHIP_DECLARE(isa)                                    \
-    namespace onchip::isa {                                    \
-    extern const onchip::attention::Kernels attention_kernels; \
-    extern const onchip::hadamard::Kernels hadamard_kernels;   \
+#define ONCHIP_DECLARE(isa)                                              \
+    namespace onchip::isa {                                              \
+    extern const onchip::attention::Kernels attention_kernels;           \
+    extern const onchip::hadamard::Kernels hadamard_kernels;             \
+    extern const onchip::selective_scan::Kernels selective_scan_kernels; \
     }
 ONCHIP_DECLARE(baseline)
 #ifdef ONCHIP_X86
@@ -34,8 +36,10 @@ struct InstructionSet {
     const char* name;
     attention::Kernels attention;
     hadamard::Kernels hadamard;
+    selective_scan::Kernels selective_scan;
 };
-#define ONCHIP_INSTRUCTION_SET(isa) InstructionSet{#isa, isa::attention_kernels, isa::hadamard_kernels}
+#define ONCHIP_INSTRUCTION_SET(isa) \
+    InstructionSet { #isa, isa::attention_kernels, isa::hadamard_kernels, isa::selective_scan_kernels }
 
 // Best first.
 std::vector<InstructionSet> supported() {
@@ -162,6 +166,50 @@ void hadamard_transform(const std::array<int64_t, 5>& sizes, double scale,
     chosen.hadamard.transform(p);
 }
 
+// (batch, time, channels, states, groups, chunk, softplus, threads), as integers.
+using ScanSizes = std::array<int64_t, 8>;
+using ScanTensors = std::array<std::optional<Described>, 12>;
+
+// `starts` are the boundaries of packed sequences, empty where each row of the batch is one.
+selective_scan::Problem scan_problem(const ScanSizes& n, const std::vector<int64_t>& starts, const ScanTensors& tensors) {
+    selective_scan::Problem p;
+    const int64_t count = starts.empty() ? n[0] : int64_t(starts.size()) - 1;
+    int64_t checkpoint = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = starts.empty() ? i * n[1] : starts[i], length = starts.empty() ? n[1] : starts[i + 1] - row;
+        p.sequences.push_back({starts.empty() ? i : 0, starts.empty() ? 0 : row, length, i, row, checkpoint});
+        checkpoint += ceil_div(length, n[5]);
+    }
+    p.tokens = n[0] * n[1];
+    p.channels = n[2];
+    p.states = n[3];
+    p.groups = n[4];
+    p.chunk = n[5];
+    p.softplus = n[6] != 0;
+    p.threads = int(n[7]);
+    Tensor* const targets[] = {&p.x, &p.dt,      &p.A,             &p.B,   &p.C,           &p.D,
+                               &p.z, &p.dt_bias, &p.initial_state, &p.out, &p.final_state, &p.checkpoints};
+    for (size_t i = 0; i < tensors.size(); ++i) *targets[i] = tensor(tensors[i]);
+    return p;
+}
+
+void selective_scan_forward(const ScanSizes& sizes, const std::vector<int64_t>& starts, const ScanTensors& tensors) {
+    const selective_scan::Problem p = scan_problem(sizes, starts, tensors);
+    nb::gil_scoped_release release;
+    chosen.selective_scan.forward(p);
+}
+
+void selective_scan_backward(const ScanSizes& sizes, const std::vector<int64_t>& starts, const ScanTensors& tensors,
+                             const std::array<std::optional<Described>, 13>& gradients) {
+    const selective_scan::Problem p = scan_problem(sizes, starts, tensors);
+    selective_scan::Gradients g;
+    Tensor* const targets[] = {&g.out, &g.final_state, &g.x,       &g.dt,            &g.A,         &g.B,        &g.C,
+                               &g.D,   &g.z,           &g.dt_bias, &g.initial_state, &g.B_partial, &g.C_partial};
+    for (size_t i = 0; i < gradients.size(); ++i) *targets[i] = tensor(gradients[i]);
+    nb::gil_scoped_release release;
+    chosen.selective_scan.backward(p, g);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -174,4 +222,9 @@ NB_MODULE(_native, m) {
     m.def("attention_backward", attention_backward);
     m.def("attention_with_cache", attention_with_cache);
     m.def("hadamard_transform", hadamard_transform);
+    m.def("selective_scan_forward", selective_scan_forward);
+    m.def("selective_scan_backward", selective_scan_backward);
+    m.def("selective_scan_blocks", [](int64_t channels, int64_t groups, bool wide) {
+        return chosen.selective_scan.blocks(channels, groups, wide);
+    });
 }

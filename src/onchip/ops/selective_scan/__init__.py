@@ -6,11 +6,16 @@ from torch import Tensor
 
 from onchip.ops import _select
 from onchip.ops._sequence import WithFinalState, check_tensor
-from onchip.ops.selective_scan import checks, reference
+from onchip.ops.selective_scan import checks, cpu, op, reference
+from onchip.ops.selective_scan.arguments import Call
 
-Backend = Literal["reference"]
+Backend = Literal["cpu", "reference"]
 
-IMPLEMENTATIONS = (_select.Implementation("reference"),)
+IMPLEMENTATIONS = (
+    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("reference"),
+)
+STEPS = (_select.Implementation("reference"),)
 
 
 @overload
@@ -119,9 +124,12 @@ def selective_scan(
     """
     checks.check_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
     checks.warn_of_growth(A)
-    _select.choose("selective_scan", IMPLEMENTATIONS, backend, x, dt, A, B, C)
-    result = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
-    return WithFinalState(*result) if return_final_state else result[0]
+    call = Call(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
+    if _select.choose("selective_scan", IMPLEMENTATIONS, backend, x, dt, A, B, C) == "reference":
+        out, final_state = reference.selective_scan(*call)
+    else:
+        out, final_state, _ = op.selective_scan(call, backend)
+    return WithFinalState(out, final_state) if return_final_state else out
 
 
 def selective_scan_step(
@@ -171,7 +179,7 @@ def selective_scan_step(
     (torch.Size([2, 8]), torch.Size([2, 8, 4]))
     """
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
-    _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t, state, dt_t, A, B_t, C_t)
+    _select.choose("selective_scan_step", STEPS, backend, x_t, state, dt_t, A, B_t, C_t)
     y, h = reference.selective_scan_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus)
     if out_state is None:
         return y, h
@@ -218,4 +226,4 @@ def selective_scan_matrix(
 
 
 _select.register(selective_scan, IMPLEMENTATIONS, tensors=5)
-_select.register(selective_scan_step, IMPLEMENTATIONS, tensors=6)
+_select.register(selective_scan_step, STEPS, tensors=6)
