@@ -1,6 +1,6 @@
 """A language model: an embedding, residual layers of a mixer and perhaps an MLP, and logits over the next token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
@@ -177,13 +177,12 @@ class LanguageModel(nn.Module):
             states.append(layer_state)
         return self._logits(x), ModelState(tuple(states), None if state.seen is None else state.seen + 1)
 
-    def matrices(self, tokens: Tensor) -> list[Tensor]:
-        """The mixing matrices `(B, H, T, T)` of each layer on `tokens (B, T)`; memory quadratic in T."""
-        x, matrices = self._embed(tokens, self._places(tokens, None)), []
+    def matrices(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The mixing matrices `(B, H, T, T)` of each layer on `tokens (B, T)`, in turn; memory quadratic in T."""
+        x = self._embed(tokens, self._places(tokens, None))
         for layer in self._layers():
-            matrices.append(layer.mixer.matrix(layer.normed(x)))
+            yield layer.mixer.matrix(layer.normed(x))
             x = layer(x, None)
-        return matrices
 
     def _chunk(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         T, seen = tokens.shape[1], state.seen
