@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "attention/problem.hpp"
+#include "causal_conv1d/problem.hpp"
 #include "common/scratch.hpp"
 #include "hadamard/problem.hpp"
 #include "selective_scan/problem.hpp"
@@ -17,6 +18,7 @@
 #define ONCHIP_DECLARE(isa)                                              \
     namespace onchip::isa {                                              \
     extern const onchip::attention::Kernels attention_kernels;           \
+    extern const onchip::causal_conv1d::Kernels causal_conv1d_kernels;   \
     extern const onchip::hadamard::Kernels hadamard_kernels;             \
     extern const onchip::selective_scan::Kernels selective_scan_kernels; \
     }
@@ -35,11 +37,14 @@ namespace {
 struct InstructionSet {
     const char* name;
     attention::Kernels attention;
+    causal_conv1d::Kernels causal_conv1d;
     hadamard::Kernels hadamard;
     selective_scan::Kernels selective_scan;
 };
 #define ONCHIP_INSTRUCTION_SET(isa) \
-    InstructionSet { #isa, isa::attention_kernels, isa::hadamard_kernels, isa::selective_scan_kernels }
+    InstructionSet {                                                                                    \
+        #isa, isa::attention_kernels, isa::causal_conv1d_kernels, isa::hadamard_kernels, isa::selective_scan_kernels \
+    }
 
 // Best first.
 std::vector<InstructionSet> supported() {
@@ -157,6 +162,49 @@ void attention_with_cache(const Sizes& sizes, double scale, double softcap, cons
     chosen.attention.forward(p);
 }
 
+// (batch, time, channels, width, silu, contiguous along time, threads); x, weight, bias, state and out.
+using ConvolutionSizes = std::array<int64_t, 7>;
+using ConvolutionTensors = std::array<std::optional<Described>, 5>;
+
+causal_conv1d::Problem convolution(const ConvolutionSizes& n, const std::vector<int64_t>& starts, const ConvolutionTensors& x) {
+    causal_conv1d::Problem p{{}, n[2], n[3], n[4] != 0, n[5] != 0, tensor(x[0]), tensor(x[1]), tensor(x[2]), tensor(x[3]),
+                             tensor(x[4]), int(n[6])};
+    for (int64_t b = 0; b < n[0]; ++b) {
+        if (starts.empty()) {
+            p.sequences.push_back({b, 0, n[1], b});
+        } else {
+            p.sequences.push_back({0, starts[b], starts[b + 1] - starts[b], b});
+        }
+    }
+    return p;
+}
+
+void causal_conv1d_forward(const ConvolutionSizes& sizes, const std::vector<int64_t>& starts, const ConvolutionTensors& tensors) {
+    const causal_conv1d::Problem p = convolution(sizes, starts, tensors);
+    nb::gil_scoped_release release;
+    chosen.causal_conv1d.forward(p);
+}
+
+// Gradients of out, and those of x, weight, bias and state, which are written.
+void causal_conv1d_backward(const ConvolutionSizes& sizes, const std::vector<int64_t>& starts, const ConvolutionTensors& tensors,
+                            const ConvolutionTensors& gradients) {
+    const causal_conv1d::Problem p = convolution(sizes, starts, tensors);
+    const causal_conv1d::Gradients g{tensor(gradients[0]), tensor(gradients[1]), tensor(gradients[2]), tensor(gradients[3]),
+                                     tensor(gradients[4])};
+    nb::gil_scoped_release release;
+    chosen.causal_conv1d.backward(p, g);
+}
+
+// A state that may be longer than the filter, and is moved on by one: it and its number of rows.
+void causal_conv1d_step(const ConvolutionSizes& sizes, const ConvolutionTensors& tensors, const Described& state, int64_t rows) {
+    causal_conv1d::Problem p = convolution(sizes, {}, tensors);
+    const Tensor whole = tensor(state);
+    p.state = whole;
+    p.state.data = whole.at(0, rows - (p.width - 1), 0);
+    nb::gil_scoped_release release;
+    chosen.causal_conv1d.step(p, whole, rows);
+}
+
 // Sizes are (a, b, c, n, threads): three leading dimensions and the transform's.
 void hadamard_transform(const std::array<int64_t, 5>& sizes, double scale,
                         const std::array<std::optional<Described>, 4>& tensors) {
@@ -221,6 +269,9 @@ NB_MODULE(_native, m) {
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
     m.def("attention_with_cache", attention_with_cache);
+    m.def("causal_conv1d_forward", causal_conv1d_forward);
+    m.def("causal_conv1d_backward", causal_conv1d_backward);
+    m.def("causal_conv1d_step", causal_conv1d_step);
     m.def("hadamard_transform", hadamard_transform);
     m.def("selective_scan_forward", selective_scan_forward);
     m.def("selective_scan_backward", selective_scan_backward);

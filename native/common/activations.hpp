@@ -28,6 +28,18 @@ inline Vec<T> sigmoid(Vec<T> x) {
     return x < 0 ? e * r : r;
 }
 
+template <class T>
+inline Vec<T> silu(Vec<T> x) {
+    return x * sigmoid<T>(x);
+}
+
+// The derivative of silu.
+template <class T>
+inline Vec<T> silu_slope(Vec<T> x) {
+    const Vec<T> s = sigmoid<T>(x);
+    return s * (1 + x * (1 - s));
+}
+
 // log(1 + e^x), and from 20 on x itself, as PyTorch has it. For e = e^-|x| in (0, 1], log(1 + e) = 2 artanh(s) with
 // s = e / (2 + e) ≤ 1/3, by its series; max(x, 0) makes up for the sign.
 template <class T>

@@ -38,10 +38,11 @@ class Target(NamedTuple):
 
 
 REFERENCE = pytest.param(Target("reference", None, ALL), id="reference")
-TARGETS = [REFERENCE]
+NATIVE = [] if _native.missing else _native.kernels.instruction_sets()
+CPU = [pytest.param(Target("cpu", name, ALL), id=f"cpu-{name}") for name in NATIVE]
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=[REFERENCE, *CPU])
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """An implementation, with the instruction set chosen; memory that nobody wrote is NaN."""
     target: Target = request.param

@@ -6,12 +6,15 @@ from torch import Tensor
 
 from onchip.ops import _select
 from onchip.ops._sequence import WithFinalState
-from onchip.ops.causal_conv1d import checks, reference
+from onchip.ops.causal_conv1d import checks, cpu, op, reference, step
 from onchip.ops.causal_conv1d.checks import Activation
 
 Backend = Literal["cpu", "triton", "reference"]
 
-IMPLEMENTATIONS = (_select.Implementation("reference"),)
+IMPLEMENTATIONS = (
+    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("reference"),
+)
 
 
 @overload
@@ -93,8 +96,11 @@ def causal_conv1d(
     True
     """
     silu = checks.check(x, weight, bias, activation, initial_state, cu_seqlens)
-    _select.choose("causal_conv1d", IMPLEMENTATIONS, backend, x)
-    out, final_state = reference.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
+    tensors = (x, weight, bias, initial_state, cu_seqlens)
+    if _select.choose("causal_conv1d", IMPLEMENTATIONS, backend, x) == "reference":
+        out, final_state = reference.causal_conv1d(*tensors, silu)
+    else:
+        out, final_state = op.causal_conv1d(*tensors, silu, return_final_state, backend)
     return WithFinalState(out, final_state) if return_final_state else out
 
 
@@ -135,9 +141,15 @@ def causal_conv1d_step(
     True
     """
     silu = checks.check_step(x_t, state, weight, bias, activation, out_state)
-    _select.choose("causal_conv1d", IMPLEMENTATIONS, backend, x_t)
-    y_t, new = reference.step(x_t, state, weight, bias, silu)
-    return y_t, new if out_state is None else out_state.copy_(new)
+    in_reference = _select.choose("causal_conv1d_step", IMPLEMENTATIONS, backend, x_t) == "reference"
+    if in_reference or step.differentiated(x_t, state, weight, bias):
+        y_t, new = reference.step(x_t, state, weight, bias, silu)
+        return y_t, new if out_state is None else out_state.copy_(new)
+    if out_state is None:
+        out_state = state.clone()
+    elif out_state is not state:
+        out_state.copy_(state)
+    return step.step(x_t, out_state, weight, bias, silu, backend), out_state
 
 
 def causal_conv1d_matrix(weight: Tensor, length: int) -> Tensor:
