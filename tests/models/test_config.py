@@ -33,6 +33,8 @@ def test_a_config_keeps_its_own_layers():
         ({"layers": "attention"}, TypeError, "layers must be a list"),
         ({"layers": [{"n_heads": 2}]}, ValueError, r"layers\[0\] must be"),
         ({"layers": ["attention"]}, ValueError, r"layers\[0\] must be"),
+        ({"layers": [{"mixer": "mamba", "d_mlp": 0}]}, ValueError, r"layers\[0\].d_mlp must be positive, got 0"),
+        ({"residual_in_fp32": "yes"}, TypeError, "residual_in_fp32 must be true or false, got 'yes'"),
     ],
 )
 def test_bad_values(change, error, message):
