@@ -128,6 +128,10 @@ def test_the_first_loss_is_that_of_the_uniform_distribution():
     assert abs(loss - torch.tensor(257.0).log()) < 0.3
 
 
+def test_a_hybrid_compiles_as_one_graph(hybrid):
+    test_compiles_as_one_graph(hybrid)
+
+
 def test_compiles_as_one_graph(model):
     tokens = torch.randint(19, (2, 30))
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), model(tokens))

@@ -30,6 +30,10 @@ class ModelState(State):
         """The same values, cut from the graph of gradients."""
         return type(self)(tuple(layer.detach() for layer in self.layers), self.seen)
 
+    def expendable(self) -> Self:
+        """The same state, and so those that follow it: a step without gradients may write the next in its place."""
+        return type(self)(tuple(layer.expendable() for layer in self.layers), self.seen)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
