@@ -86,8 +86,8 @@ Tensor tensor(const std::optional<Described>& d) {
     return {reinterpret_cast<char*>((*d)[0]), DType((*d)[1]), {(*d)[2], (*d)[3], (*d)[4], (*d)[5]}};
 }
 
-// (batch, Tq, Tk, heads, kv_heads, head_dim, value_dim, left, right, threads)
-using Sizes = std::array<int64_t, 10>;
+// (batch, Tq, Tk, heads, kv_heads, head_dim, value_dim, left, right, threads, batch_invariant)
+using Sizes = std::array<int64_t, 11>;
 // (scale, softcap, dropout)
 using Settings = std::array<double, 3>;
 
@@ -110,6 +110,7 @@ attention::Problem problem(const Sizes& n, const Settings& settings, uint64_t se
     p.left = n[7];
     p.right = n[8];
     p.threads = int(n[9]);
+    p.batch_invariant = n[10] != 0;
     p.scale = settings[0];
     p.softcap = settings[1];
     p.dropout = settings[2];

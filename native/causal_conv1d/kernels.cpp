@@ -1,4 +1,10 @@
 // The causal convolution: units of work go to threads, and the sums over time of all units are added in one order.
+//
+// The floor of the forward pass is one read and one write of memory. On one core of an EPYC with AVX2, a busy machine,
+// (1, 2048, 1024) and width 4 without activation, thread CPU time, best of 7, into memory that is there: float32 2.6 ms,
+// over contiguous time 2.2, PyTorch's copy 1.0, its conv1d 3.1; bfloat16 1.6, 1.6, 0.5 and 22. Into a fresh float32
+// result, whose pages the system must first make: 3.0 and 2.0, conv1d 10. SiLU adds 1.2 to 1.8 ms. Copying tiles into the
+// first cache and out of it is what is left between this and a copy; asking for the next tile's rows early gained nothing.
 #include "backward.hpp"
 #include "common/parallel.hpp"
 #include "step.hpp"

@@ -5,6 +5,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def rms_norm_gated(
+    x: Tensor, z: Tensor | None, weight: Tensor, *, n_groups: int = 1, norm_before_gate: bool = False, eps: float = 1e-5
+) -> Tensor:
+    """`RMSNormGated` as a function: `x`, `z (..., d)` and `weight (d,)` to `(..., d)`.
+
+    >>> x, z = torch.randn(2, 2, 5, 16).unbind(0)
+    >>> rms_norm_gated(x, z, torch.ones(16), n_groups=2).shape
+    torch.Size([2, 5, 16])
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y, gate = x.to(dtype), None if z is None else F.silu(z.to(dtype))
+    if gate is not None and not norm_before_gate:
+        y = y * gate
+    weight = weight.to(dtype)
+    if n_groups == 1:
+        y = F.rms_norm(y, weight.shape, weight, eps)
+    else:
+        groups = y.view(*y.shape[:-1], n_groups, len(weight) // n_groups)
+        y = F.rms_norm(groups, groups.shape[-1:], None, eps).flatten(-2) * weight
+    if gate is not None and norm_before_gate:
+        y = y * gate
+    return y.to(x.dtype)
+
+
 class RMSNormGated(nn.Module):
     """A root-mean-square norm with a gate: Mamba-2's last step before its output projection.
 
@@ -35,19 +59,9 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """`(..., d)` to `(..., d)`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        y, gate = x.to(dtype), None if z is None else F.silu(z.to(dtype))
-        if gate is not None and not self.norm_before_gate:
-            y = y * gate
-        weight = self.weight.to(dtype)
-        if self.n_groups == 1:
-            y = F.rms_norm(y, weight.shape, weight, self.eps)
-        else:
-            groups = y.view(*y.shape[:-1], self.n_groups, len(weight) // self.n_groups)
-            y = F.rms_norm(groups, groups.shape[-1:], None, self.eps).flatten(-2) * weight
-        if gate is not None and self.norm_before_gate:
-            y = y * gate
-        return y.to(x.dtype)
+        return rms_norm_gated(
+            x, z, self.weight, n_groups=self.n_groups, norm_before_gate=self.norm_before_gate, eps=self.eps
+        )
 
     def extra_repr(self) -> str:
         """What `print` shows of it."""

@@ -84,6 +84,16 @@ def _paged_decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Lau
     return launches.attend(call, torch.empty_like(q), _float32(8, 32, 1))[:1]
 
 
+def _batch_invariant(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """The forward pass over 4096 causal queries of 16 heads, of which each joins its splits itself."""
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta(*[(1, 4096, 16, dim)] * 3, dtype=dtype)
+    settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (4096, 4096), architecture)
+    call = launches.Call(q, k, v, *settings, batch_invariant=True)
+    return launches.attend(call, torch.empty_like(q), _float32(1, 16, 4096))
+
+
 def _fp8(architecture: str, dim: int) -> list[Launch]:
     """Attention over 4096 causal queries of 16 heads that have been quantised."""
     from onchip.ops.attention.triton.launches import Call
@@ -100,6 +110,23 @@ def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
 
     (x,) = _meta((4096, 16, n), dtype=dtype)
     return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
+
+
+def _causal_conv1d(architecture: str, dtype: torch.dtype, width: int) -> list[Launch]:
+    """All passes with SiLU over packed sequences of 4096 rows and 2048 channels, and a step of a batch of 8."""
+    from onchip.ops.causal_conv1d import triton as conv
+
+    x, weight, bias, state, x_t = _meta(
+        (4096, 2048), (2048, width), (2048,), (8, width - 1, 2048), (8, 2048), dtype=dtype
+    )
+    (starts,) = _meta((9,), dtype=torch.int32)
+    call, sums = conv.describe(x, weight, bias, state, starts), _float32(16, width + 1, 2048)
+    return [
+        conv.convolve(call, width, True, x),
+        conv.differentiate(call, width, True, x, x, sums),
+        conv.differentiate_state(call, width, True, x, state),
+        conv.move_on(x_t, state, weight, bias, True, x_t),
+    ]
 
 
 def _meta(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -124,7 +151,11 @@ SPECIMENS = {
     "attention float32 64": Specimen(partial(_attention, dtype=torch.float32, dim=64), ("sm_80",)),
     "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
     "paged decoding bfloat16 128": Specimen(partial(_paged_decoding, dtype=torch.bfloat16, dim=128)),
+    "batch-invariant bfloat16 128": Specimen(
+        partial(_batch_invariant, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
+    ),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
+    "causal_conv1d bfloat16 4": Specimen(partial(_causal_conv1d, dtype=torch.bfloat16, width=4)),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
 }

@@ -24,8 +24,10 @@ def _triton_limits(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 IMPLEMENTATIONS = (
-    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
-    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
+    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta"), batch_invariant=True),
+    _select.Implementation(
+        "triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on(), batch_invariant=True
+    ),
     _select.Implementation("reference"),
 )
 
@@ -46,6 +48,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Exact softmax attention, in memory linear in the sequence length.
@@ -90,6 +93,8 @@ def attention(
         seed: of the dropped entries, 0 ≤ seed < 2⁶³; by default drawn from PyTorch's default generator for the CPU, so
             that `torch.manual_seed` governs it. Under `torch.compile(fullgraph=True)` and `torch.export` it must be
             given where there is dropout.
+        batch_invariant: a row of out and lse has the same bits whatever is computed with it: in a prefill, a chunk or a
+            step, packed or not, over a cache or not. See Numerics.
         backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
             the fastest that can. See `onchip.explain`.
 
@@ -103,11 +108,16 @@ def attention(
     Numerics: products and sums accumulate in float32 (float64 for float64). On a CPU probabilities are never rounded to
     a 16-bit type; on a GPU they are, before they meet v, as in FlashAttention, and float32 products there are exact
     unless PyTorch's own may use TF32. The same bits on every run, and a row's bits do not depend on the rest of the
-    batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
-    Dropout acts after the softmax: lse is of all logits.
+    batch or on threads; but few queries (a decoding step) are summed in another order than many, and on a GPU the
+    longest of packed sequences decides for all which. With `batch_invariant` there is one order, by tiles and, on a
+    GPU, splits of fixed size from the first key on: the bits depend on the row's query, the keys and values it sees,
+    the settings and the machine alone (with dropout, on its place too). Gradients are as without; the reference
+    refuses it. Dropout acts after the softmax: lse is of all logits.
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward (3.5 on a GPU, for sums without
     atomics); memory for the output and B·H·Tq log-sum-exps. Dropout runs Philox once for four keys, backward again, and
-    stores no mask. Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
+    stores no mask. `batch_invariant` costs nothing for many queries on a CPU; a decoding step takes 2 to 3.5 times as
+    long there, and its keys are not shared out to threads. On a GPU tiles are smaller for it.
+    Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
     Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691);
@@ -135,6 +145,7 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         dropout_p=dropout_p,
         seed=seed,
+        batch_invariant=batch_invariant,
         backend=backend,
     )[0]
 
@@ -155,6 +166,7 @@ def attention_with_lse(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` together with its log-sum-exp, through which gradients flow too.
@@ -176,13 +188,15 @@ def attention_with_lse(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     left, right = checks.reach(causal, window)
+    checks.check_flag("batch_invariant", batch_invariant)
     checks.check_factors(scale, softcap)
     dropout_p, seed = checks.dropout(dropout_p, seed)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if bias is not None or alibi_slopes is not None or sinks is not None:
         checks.check_score_terms(q, k, bias, alibi_slopes, sinks, cu_seqlens_q)
-    if _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v) == "reference":
+    chosen = _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v, batch_invariant=batch_invariant)
+    if chosen == "reference":
         if cu_seqlens_q is not None and not torch.compiler.is_compiling():
             checks.check_lengths(q, k, bias, cu_seqlens_q, cast(Tensor, cu_seqlens_k))
         return reference.attention_with_lse(
@@ -203,7 +217,7 @@ def attention_with_lse(
         )
     settings = (left, right, float(scale), float(softcap))
     optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, backend)
-    return op.attention(q, k, v, *settings, *optional)
+    return op.attention(q, k, v, *settings, *optional, batch_invariant=batch_invariant)
 
 
 for _function in (attention, attention_with_lse):

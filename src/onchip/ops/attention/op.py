@@ -24,7 +24,7 @@ _DEFAULTS = (None, None, None, None, None, 0.0, 0, None)
 
 library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, "
-    f"{_OPTIONAL}) -> (Tensor out, Tensor lse)"
+    f"{_OPTIONAL}, *, bool batch_invariant=False) -> (Tensor out, Tensor lse)"
 )
 library.define(  # type: ignore[no-untyped-call]
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
@@ -35,23 +35,26 @@ library.define(  # type: ignore[no-untyped-call]
 
 _attention = torch.ops.onchip.attention.default
 _attention_backward = torch.ops.onchip.attention_backward.default
-_ARGUMENTS = len(_attention._schema.arguments)
+_ARGUMENTS = sum(not argument.kwarg_only for argument in _attention._schema.arguments)
 
 
-def attention(*args: Any) -> tuple[Tensor, Tensor]:
+def attention(*args: Any, batch_invariant: bool) -> tuple[Tensor, Tensor]:
     """Call the op; arguments in the schema's order.
 
     Where nothing can require a gradient the autograd kernel is skipped: being Python, it would be a third of the price
-    of a decode step's call.
+    of a decode step's call. What is left out costs nothing.
     """
+    asked = {"batch_invariant": True} if batch_invariant else {}
     if torch.compiler.is_compiling():
-        return cast(tuple[Tensor, Tensor], _attention(*args))
-    if in_torch_func_grad():
-        return cast(tuple[Tensor, Tensor], _Attention.apply(*args))  # type: ignore[no-untyped-call]
-    if _needs_grad(args) or torch._C._are_functorch_transforms_active():
-        return cast(tuple[Tensor, Tensor], _attention(*args))
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
+    if torch._C._are_functorch_transforms_active():
+        if in_torch_func_grad():
+            return cast(tuple[Tensor, Tensor], _Attention.apply(asked, *args))  # type: ignore[no-untyped-call]
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
+    if _needs_grad(args):
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
     with torch._C._AutoDispatchBelowAutograd():
-        return cast(tuple[Tensor, Tensor], _attention(*args))
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
 
 
 def _kernel(name: str, count: int) -> Callable[..., Any]:
@@ -89,6 +92,8 @@ def _(
     dropout_p: float = 0.0,
     seed: int = 0,
     backend: str | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return output_like(q, k, v, cu_seqlens_q)
 
@@ -126,19 +131,18 @@ def _(
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
     """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return backward or forward_ad._current_level >= 0
+    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(*args: Any) -> Any:
+    def forward(asked: dict[str, bool], *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return _attention(*args)
+            return _attention(*args, **asked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend = inputs
+        _, q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend = inputs
         ctx.save_for_backward(*output, q, k, v, *optional)
         ctx.settings = (left, right, scale, softcap)
         ctx.more = (dropout_p, seed, backend)
@@ -148,8 +152,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *optional = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * _ARGUMENTS
-        needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
+            return (None,) * (1 + _ARGUMENTS)
+        needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[8:11]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
@@ -157,9 +161,9 @@ class _Attention(torch.autograd.Function):
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
         else:
             grads = _attention_backward(*args, **asked)
-        wanted = (*ctx.needs_input_grad[:3], needs_bias, needs_slopes, needs_sinks)
+        wanted = (*ctx.needs_input_grad[1:4], needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return (*kept[:3], None, None, None, None, *kept[3:], None, None, None, None, None)
+        return (None, *kept[:3], None, None, None, None, *kept[3:], None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -196,12 +200,12 @@ def _no_second_derivative() -> None:
 
 
 @torch.library.impl(library, "attention", "Autograd")
-def _attention_autograd(*args: Any) -> Any:
+def _attention_autograd(*args: Any, **asked: bool) -> Any:
     if _needs_grad(args):
         # The dispatcher leaves defaulted arguments out; autograd.Function wants them all.
-        return _Attention.apply(*args, *_DEFAULTS[len(args) - 7 :])  # type: ignore[no-untyped-call]
+        return _Attention.apply(asked, *args, *_DEFAULTS[len(args) - 7 :])  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return _attention(*args)
+        return _attention(*args, **asked)
 
 
 @torch.library.impl(library, "attention_backward", "Autograd")
