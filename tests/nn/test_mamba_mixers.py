@@ -65,7 +65,24 @@ def test_the_memory_stays_as_it_is(plain):
         for _ in range(20):
             _, state = mixer.step(torch.randn(2, 16), state)
     assert state.nbytes == size
-    assert state.ssm.untyped_storage().nbytes() == state.ssm.nbytes  # no view of more
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in (state.conv, state.ssm))  # no view of more
+
+
+def test_an_expendable_state_is_written_in_place_but_where_gradients_are_recorded(plain):
+    mixer = plain()
+    state = mixer.initial_state(2)
+    with torch.no_grad():
+        _, after = mixer.step(torch.randn(2, 16), state)
+        assert not state.ssm.any() and after.ssm.data_ptr() != state.ssm.data_ptr()
+        mine = after.expendable()
+        _, later = mixer.step(torch.randn(2, 16), mine)
+        assert (later.ssm.data_ptr(), later.conv.data_ptr()) == (mine.ssm.data_ptr(), mine.conv.data_ptr())
+        assert mixer.step(torch.randn(2, 16), later.reorder(torch.tensor([1, 0])))[1].may_be_overwritten
+    assert mixer.step(torch.randn(2, 16), later)[1].ssm.data_ptr() != later.ssm.data_ptr()
+    with torch.inference_mode():
+        inside = mixer.initial_state(2).expendable()
+    with torch.no_grad():
+        assert not inside.may_be_overwritten
 
 
 def test_numbers_of_memory():

@@ -58,9 +58,11 @@ class CausalConv1d(nn.Module):
             cu_seqlens=cu_seqlens,
         )
 
-    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One token further."""
-        return causal_conv1d_step(x_t, state.to(x_t.dtype), self.weight, self.bias, activation=self.activation)
+    def step(self, x_t: Tensor, state: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+        """One token further; with `overwrite` the new state may be in the place of the old."""
+        state = state.to(x_t.dtype)
+        out_state = state if overwrite else None
+        return causal_conv1d_step(x_t, state, self.weight, self.bias, activation=self.activation, out_state=out_state)
 
     def extra_repr(self) -> str:
         """What `print` shows of it."""

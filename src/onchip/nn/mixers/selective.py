@@ -3,8 +3,8 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,23 @@ class MambaState(State):
     """The last inputs of the convolution, `conv (B, d_conv - 1, channels)`, and the recurrence's state `ssm`.
 
     `ssm` is `(B, d_inner, d_state)` in Mamba and `(B, n_heads, head_dim, d_state)` in Mamba-2, in float32 (float64 for
-    float64 models). The size is the same after any number of tokens. A state is a value: a step writes the new one
-    elsewhere.
+    float64 models). The size is the same after any number of tokens. A step writes the next state elsewhere, unless
+    this one is expendable.
     """
 
     conv: Tensor
     ssm: Tensor
+    overwrite: bool = False
+
+    def expendable(self) -> Self:
+        """The same state, and so those that follow it: a step without gradients writes the next in its place."""
+        return replace(self, overwrite=True)
+
+    @property
+    def may_be_overwritten(self) -> bool:
+        """Whether a step may write in its place here and now."""
+        in_mode = torch.is_inference_mode_enabled() or not self.ssm.is_inference()
+        return self.overwrite and in_mode and not torch.is_grad_enabled()
 
 
 class Selected(NamedTuple):
@@ -84,11 +95,14 @@ class Selective(Mixer[MambaState]):
         """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it."""
         if x_t.ndim != 2 or x_t.shape[1] != self.d_model:
             raise ValueError(f"x_t must be (B, d_model) with d_model = {self.d_model}, got {tuple(x_t.shape)}")
+        overwrite = state.may_be_overwritten
         inputs, past = self._project(x_t)
-        inputs, conv = self.conv.step(inputs, state.conv)
+        inputs, conv = self.conv.step(inputs, state.conv, overwrite=overwrite)
         x, *others, z = self._select(inputs, past)
-        y, ssm = self.scan_step(x, state.ssm, *others, D=self.D, z=z, **self._step_options())
-        return self._close(y, past), MambaState(conv, ssm)
+        y, ssm = self.scan_step(
+            x, state.ssm, *others, D=self.D, z=z, out_state=state.ssm if overwrite else None, **self._step_options()
+        )
+        return self._close(y, past), MambaState(conv, ssm, state.overwrite)
 
     def matrix(self, x: Tensor) -> Tensor:
         """The semiseparable matrix of the recurrence, of which `apply_matrix` tells the surroundings."""
@@ -114,7 +128,7 @@ class Selective(Mixer[MambaState]):
         y, ssm = self.scan(
             *operands, D=self.D, z=z, initial_state=state.ssm, return_final_state=True, **self._step_options()
         )
-        return self._close(y, past), MambaState(conv, ssm)
+        return self._close(y, past), MambaState(conv, ssm, state.overwrite)
 
     def _selected(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Selected, tuple[Tensor, ...]]:
         inputs, past = self._project(x)
