@@ -12,11 +12,13 @@
 #include "attention/problem.hpp"
 #include "common/scratch.hpp"
 #include "hadamard/problem.hpp"
+#include "ssd/problem.hpp"
 
 #define ONCHIP_DECLARE(isa)                                    \
     namespace onchip::isa {                                    \
     extern const onchip::attention::Kernels attention_kernels; \
     extern const onchip::hadamard::Kernels hadamard_kernels;   \
+    extern const onchip::ssd::Kernels ssd_kernels;             \
     }
 ONCHIP_DECLARE(baseline)
 #ifdef ONCHIP_X86
@@ -34,8 +36,9 @@ struct InstructionSet {
     const char* name;
     attention::Kernels attention;
     hadamard::Kernels hadamard;
+    ssd::Kernels ssd;
 };
-#define ONCHIP_INSTRUCTION_SET(isa) InstructionSet{#isa, isa::attention_kernels, isa::hadamard_kernels}
+#define ONCHIP_INSTRUCTION_SET(isa) InstructionSet{#isa, isa::attention_kernels, isa::hadamard_kernels, isa::ssd_kernels}
 
 // Best first.
 std::vector<InstructionSet> supported() {
@@ -162,6 +165,55 @@ void hadamard_transform(const std::array<int64_t, 5>& sizes, double scale,
     chosen.hadamard.transform(p);
 }
 
+// (batch, T, heads, groups, dim, state_dim, chunk, softplus, threads); the range of a step; where packed sequences begin;
+// x, dt, A, B, C, D, z, dt_bias, initial state, out, final state.
+using SsdTensors = std::array<std::optional<Described>, 11>;
+
+ssd::Problem ssd_problem(const std::array<int64_t, 9>& n, const std::array<double, 2>& limit,
+                         const std::vector<int64_t>& starts, const SsdTensors& tensors) {
+    ssd::Problem p;
+    for (int64_t b = 0; b < n[0]; ++b) {
+        p.sequences.push_back(starts.empty() ? ssd::Sequence{b, 0, n[1], b}
+                                             : ssd::Sequence{0, starts[b], starts[b + 1] - starts[b], b});
+    }
+    p.heads = n[2];
+    p.group = p.heads / n[3];
+    p.dim = n[4];
+    p.state_dim = n[5];
+    p.chunk = std::max<int64_t>(std::min(n[6], p.longest()), 1);
+    p.softplus = n[7] != 0;
+    p.threads = int(n[8]);
+    p.low = limit[0];
+    p.high = limit[1];
+    Tensor* const targets[] = {&p.x, &p.dt, &p.A, &p.B, &p.C, &p.D, &p.z, &p.dt_bias, &p.initial_state, &p.out, &p.final_state};
+    for (size_t i = 0; i < tensors.size(); ++i) *targets[i] = tensor(tensors[i]);
+    return p;
+}
+
+void ssd_forward(const std::array<int64_t, 9>& sizes, const std::array<double, 2>& limit, const std::vector<int64_t>& starts,
+                 const SsdTensors& tensors) {
+    const ssd::Problem p = ssd_problem(sizes, limit, starts, tensors);
+    nb::gil_scoped_release release;
+    chosen.ssd.forward(p);
+}
+
+// The gradients of out, final state, x, dt, B, C, z, initial state, A, D, dt_bias.
+void ssd_backward(const std::array<int64_t, 9>& sizes, const std::array<double, 2>& limit, const std::vector<int64_t>& starts,
+                  const SsdTensors& tensors, const SsdTensors& gradients) {
+    const ssd::Problem p = ssd_problem(sizes, limit, starts, tensors);
+    ssd::Gradients g;
+    Tensor* const targets[] = {&g.out, &g.final_state, &g.x, &g.dt, &g.B, &g.C, &g.z, &g.initial_state, &g.A, &g.D, &g.dt_bias};
+    for (size_t i = 0; i < gradients.size(); ++i) *targets[i] = tensor(gradients[i]);
+    nb::gil_scoped_release release;
+    chosen.ssd.backward(p, g);
+}
+
+void ssd_step(const std::array<int64_t, 9>& sizes, const std::array<double, 2>& limit, const SsdTensors& tensors) {
+    const ssd::Problem p = ssd_problem(sizes, limit, {}, tensors);
+    nb::gil_scoped_release release;
+    chosen.ssd.step(p);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -174,4 +226,7 @@ NB_MODULE(_native, m) {
     m.def("attention_backward", attention_backward);
     m.def("attention_with_cache", attention_with_cache);
     m.def("hadamard_transform", hadamard_transform);
+    m.def("ssd_forward", ssd_forward);
+    m.def("ssd_backward", ssd_backward);
+    m.def("ssd_step", ssd_step);
 }

@@ -4,6 +4,7 @@ Everything else that calls itself ssd is compared with this file. Arguments are 
 float32, in float64 for float64 inputs.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ class Step(NamedTuple):
     bias: Tensor | None
     softplus: bool
     limit: tuple[float, float] | None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """What the step is clamped to."""
+        return self.limit or (-math.inf, math.inf)
 
     def __call__(self, dt: Tensor) -> Tensor:
         """The step, in dt's dtype."""
