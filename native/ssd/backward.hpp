@@ -126,9 +126,9 @@ private:
             T *const y = output_.y + t * p_pitch_, *const grad = grad_y_ + t * p_pitch_;
             read_steps(p_.z, s, head, first + t, 1, p_.dim, buffer_, p_pitch_);
             for (int64_t d = 0; d < p_.dim; d += kLanes<T>) {
-                const Vec<T> z = load(buffer_ + d), open = sigmoid<T>(z);
-                store(y + d, load(grad + d) * load(y + d) * open * (1 + z * (1 - open)));
-                store(grad + d, load(grad + d) * z * open);
+                const Vec<T> z = load(buffer_ + d);
+                store(y + d, load(grad + d) * load(y + d) * silu_slope<T>(z));
+                store(grad + d, load(grad + d) * silu<T>(z));
             }
             write_row(g_.z.at(s.batch, s.start + first + t, head), g_.z.dtype, g_.z.strides[3], y, T(1), p_.dim);
         }

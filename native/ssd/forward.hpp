@@ -44,7 +44,7 @@ public:
                 read_steps(p_.z, s, head, first + t, 1, p_.dim, row_, p_pitch);
                 for (int64_t d = 0; d < p_.dim; d += kLanes<T>) {
                     const Vec<T> z = load(row_ + d);
-                    store(to + d, load(to + d) * z * sigmoid<T>(z));
+                    store(to + d, load(to + d) * silu<T>(z));
                 }
             }
             write_row(p_.out.at(s.batch, s.start + first + t, head), p_.out.dtype, p_.out.strides[3], to, T(1), p_.dim);

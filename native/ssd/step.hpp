@@ -30,7 +30,7 @@ public:
         if (p_.z) {
             read_row(extra_, p_.z.at(s.batch, 0, head), p_.z.dtype, p_.z.strides[3], p_.dim);
             for (int64_t d = 0; d < p_.dim; d += kLanes<T>)
-                store(y_ + d, load(y_ + d) * load(extra_ + d) * sigmoid<T>(load(extra_ + d)));
+                store(y_ + d, load(y_ + d) * silu<T>(load(extra_ + d)));
         }
         write_row(p_.out.at(s.batch, 0, head), p_.out.dtype, p_.out.strides[3], y_, T(1), p_.dim);
     }

@@ -1,7 +1,7 @@
 // The steps of one head in a chunk of time, and the decays that follow from them.
 #pragma once
 
-#include "common/activation.hpp"
+#include "common/activations.hpp"
 #include "common/gemm.hpp"
 #include "common/scratch.hpp"
 #include "problem.hpp"
@@ -34,7 +34,7 @@ public:
     void read(const Sequence& s, int64_t head, int64_t first, int64_t count) {
         read_row(step, p_.dt.at(s.batch, s.start + first, head), p_.dt.dtype, p_.dt.strides[1], count);
         const T bias = p_.dt_bias ? *reinterpret_cast<const T*>(p_.dt_bias.at(head, 0, 0)) : T(0);
-        for (int64_t t = 0; t < count; ++t) find_step(step[t] + bias, step[t], slope[t]);
+        for (int64_t t = 0; t < count; t += kLanes<T>) find_steps(load(step + t) + bias, step + t, slope + t);
         rate_ = *reinterpret_cast<const T*>(p_.A.at(head, 0, 0));
         count_ = count;
         find_decays();
@@ -45,17 +45,19 @@ public:
     const T* to_end() const { return decay + (count_ - 1) * s_pitch; }  // the decay from each step to the last one
 
 private:
-    void find_step(T raw, T& value, T& derivative) const {
-        value = p_.softplus ? softplus(raw) : raw;
-        derivative = value >= p_.low && value <= p_.high ? (p_.softplus ? softplus_slope(raw) : T(1)) : T(0);
-        value = std::clamp(value, T(p_.low), T(p_.high));
+    void find_steps(Vec<T> raw, T* values, T* slopes) const {
+        const Vec<T> low = broadcast(T(p_.low)), high = broadcast(T(p_.high));
+        const Vec<T> x = p_.softplus ? softplus<T>(raw) : raw;
+        const Vec<T> inner = p_.softplus ? (raw > 20 ? broadcast(T(1)) : sigmoid<T>(raw)) : broadcast(T(1));
+        store(values, x < low ? low : (x > high ? high : x));  // keeps a NaN
+        store(slopes, x < low ? Vec<T>{} : (x > high ? Vec<T>{} : inner));
     }
 
     void find_decays() {
-        const T factor = rate_ * T(kLog2e);
+        const T factor = rate_ * kLog2e<T>;
         T sum = 0;
         for (int64_t t = 0; t < count_; ++t) from_start[t] = sum += step[t] * factor;
-        for (int64_t t = 0; t < count_; t += kLanes<T>) store(from_start + t, exp2_of_any<T>(load(from_start + t)));
+        for (int64_t t = 0; t < count_; t += kLanes<T>) store(from_start + t, exp2_any<T>(load(from_start + t)));
         for (int64_t i = 0; i < count_; ++i) {
             T* const row = decay + i * s_pitch;
             const T a = step[i] * factor;
@@ -63,7 +65,7 @@ private:
             for (int64_t j = 0; j <= i; j += kLanes<T>) {
                 const Vec<T> sums = load(segments_ + j) + a;
                 store(segments_ + j, sums);
-                store(row + j, exp2_of_any<T>(sums));
+                store(row + j, exp2_any<T>(sums));
             }
             segments_[i] = 0;  // and not what -a + a gives where a is infinite
             row[i] = 1;

@@ -63,3 +63,13 @@ def boundaries(cu_seqlens: Tensor, rows: int) -> list[int]:
 def sequences(cu_seqlens: Tensor, rows: int) -> list[slice]:
     """Each sequence's rows."""
     return [slice(a, b) for a, b in pairwise(boundaries(cu_seqlens, rows))]
+
+
+def segment_sums(x: Tensor) -> Tensor:
+    """`(..., T)` to `(..., T, T)`: entry (i, j) is the sum over j < k ≤ i, and 0 for j > i.
+
+    Each is a sum of its own, over a mask: a difference of two running sums would have the error of the larger.
+    """
+    size = x.shape[-1]
+    after = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
+    return torch.where(after, x[..., :, None], 0).cumsum(-2)

@@ -83,6 +83,8 @@ class Mixer(nn.Module, ABC, Generic[S]):
     """Whether output t depends on inputs up to t alone. Only then are there states."""
     out: nn.Linear
     """The last projection, back into the residual stream; a model starts with its weight at zero."""
+    undecayed: tuple[str, ...] = ()
+    """Names of its parameters that are matrices, but of no linear map: weight decay leaves them alone."""
 
     @overload
     def forward(self, x: Tensor, state: None = None, *, cu_seqlens: Tensor | None = None) -> Tensor: ...

@@ -14,9 +14,6 @@ from onchip.ops.ssd.call import Call
 CHUNK = 64
 MAX_CHUNK = 256  # beyond, a chunk would not fit the second-level cache
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_Described = tuple[int, int, int, int, int, int]
-
 
 def limits(*tensors: Tensor) -> str | None:
     """Why the native kernels cannot serve this call, or None."""
@@ -41,17 +38,17 @@ def backward(grad_out: Tensor, grad_state: Tensor | None, call: Call) -> tuple[T
     sums = torch.zeros(states, heads, dim + 2, dtype=torch.float64)  # D's, A's and dt_bias's
     grad_state = None if grad_state is None else grad_state.to(call.dtype)
     gradients = (
-        _rows(grad_out, packed),
-        None if grad_state is None else _plain(grad_state),
-        _rows(grad_x, packed),
-        _rows(grad_dt, packed),
-        _rows(grad_B, packed),
-        _rows(grad_C, packed),
-        None if call.z is None else _rows(grad_z, packed),
-        None if call.initial_state is None else _plain(grad_initial),
-        _plain(sums[..., dim]),
-        None if call.D is None else _plain(sums),
-        _plain(sums[..., dim + 1]),
+        _native.describe(grad_out, packed=packed),
+        None if grad_state is None else _native.describe(grad_state),
+        _native.describe(grad_x, packed=packed),
+        _native.describe(grad_dt, packed=packed),
+        _native.describe(grad_B, packed=packed),
+        _native.describe(grad_C, packed=packed),
+        None if call.z is None else _native.describe(grad_z, packed=packed),
+        None if call.initial_state is None else _native.describe(grad_initial),
+        _native.describe(sums[..., dim]),
+        None if call.D is None else _native.describe(sums),
+        _native.describe(sums[..., dim + 1]),
     )
     _native.kernels.ssd_backward(sizes, limit, starts, tensors, gradients)
     total = sums.sum(0)
@@ -85,15 +82,15 @@ def step(
     tensors = (
         _at_a_time(x_t),
         _at_a_time(dt_t),
-        _plain(A),
+        _native.describe(A),
         _at_a_time(B_t),
         _at_a_time(C_t),
-        None if D is None else _plain(D),
+        None if D is None else _native.describe(D),
         None if z is None else _at_a_time(z),
-        None if dt_bias is None else _plain(dt_bias),
-        _plain(state),
+        None if dt_bias is None else _native.describe(dt_bias),
+        _native.describe(state),
         _at_a_time(y),
-        _plain(out_state),
+        _native.describe(out_state),
     )
     batch, heads, dim = x_t.shape
     groups, state_dim = B_t.shape[1:]
@@ -104,24 +101,26 @@ def step(
 
 def _describe(
     call: Call, out: Tensor | None, state: Tensor | None
-) -> tuple[tuple[int, ...], tuple[float, float], list[int], tuple[_Described | None, ...], tuple[Tensor | None, ...]]:
+) -> tuple[
+    tuple[int, ...], tuple[float, float], list[int], tuple[_native.Described | None, ...], tuple[Tensor | None, ...]
+]:
     """The call as the kernels take it, and the copies that must outlive it."""
     packed = call.cu_seqlens is not None
     starts = [] if call.cu_seqlens is None else boundaries(call.cu_seqlens, call.x.shape[0])
     A = call.A.to(call.dtype)
     D, dt_bias = (None if x is None else x.to(call.dtype) for x in (call.D, call.dt_bias))
     tensors = (
-        _rows(call.x, packed),
-        _rows(call.dt, packed),
-        _plain(A),
-        _rows(call.B, packed),
-        _rows(call.C, packed),
-        None if D is None else _plain(D),
-        None if call.z is None else _rows(call.z, packed),
-        None if dt_bias is None else _plain(dt_bias),
-        None if call.initial_state is None else _plain(call.initial_state),
-        None if out is None else _rows(out, packed),
-        None if state is None else _plain(state),
+        _native.describe(call.x, packed=packed),
+        _native.describe(call.dt, packed=packed),
+        _native.describe(A),
+        _native.describe(call.B, packed=packed),
+        _native.describe(call.C, packed=packed),
+        None if D is None else _native.describe(D),
+        None if call.z is None else _native.describe(call.z, packed=packed),
+        None if dt_bias is None else _native.describe(dt_bias),
+        None if call.initial_state is None else _native.describe(call.initial_state),
+        None if out is None else _native.describe(out, packed=packed),
+        None if state is None else _native.describe(state),
     )
     count, heads, dim, state_dim = call.states
     groups, time = call.B.shape[-2], call.x.shape[0 if packed else 1]
@@ -130,21 +129,6 @@ def _describe(
     return sizes, (call.dt_low, call.dt_high), starts, tensors, (A, D, dt_bias)
 
 
-def _rows(x: Tensor, packed: bool) -> _Described:
-    """(B, T, …), or packed (total, …) as a batch of one."""
-    return _described(x, (0, *x.stride()) if packed else x.stride())
-
-
-def _at_a_time(x: Tensor) -> _Described:
+def _at_a_time(x: Tensor) -> _native.Described:
     """(B, …), as a sequence of one step."""
-    batch, *rest = x.stride()
-    return _described(x, (batch, 0, *rest))
-
-
-def _plain(x: Tensor) -> _Described:
-    return _described(x, x.stride())
-
-
-def _described(x: Tensor, strides: tuple[int, ...]) -> _Described:
-    """Strides of four dimensions: 0 for those that are not there."""
-    return (x.data_ptr(), _DTYPES[x.dtype], *strides, *(0,) * (4 - len(strides)))  # type: ignore[return-value]
+    return _native.describe(x.unsqueeze(1))
