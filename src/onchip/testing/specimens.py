@@ -102,6 +102,22 @@ def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
     return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
 
 
+def _ssd(architecture: str, dtype: torch.dtype, dim: int, state_dim: int) -> list[Launch]:
+    """All passes over 4096 steps of 24 heads that share B and C, with all that is fused; and a step of decoding."""
+    from onchip.ops.ssd.call import Call
+    from onchip.ops.ssd.triton import launches
+
+    def call(time: int) -> Call:
+        x, z, B = _meta((1, time, 24, dim), (1, time, 24, dim), (1, time, 1, state_dim), dtype=dtype)
+        terms = _float32(24), z, _float32(24), _float32(1, 24, dim, state_dim)
+        return Call(x, _float32(1, time, 24), _float32(24), B, B, *terms, None, True, 0.0, float("inf"), None)
+
+    plan, state, one = launches.Plan.of(call(4096)), _float32(1, 24, dim, state_dim), call(1)
+    x, grads = plan.call.x, plan.call.gradients()
+    backward = launches.backward(plan, x, state, grads, launches.Partial.of(plan))
+    return [*launches.forward(plan, x, state), *backward[2:], launches.step(one, state, one.x)]
+
+
 def _meta(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
@@ -126,5 +142,6 @@ SPECIMENS = {
     "paged decoding bfloat16 128": Specimen(partial(_paged_decoding, dtype=torch.bfloat16, dim=128)),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
+    "ssd bfloat16 64, state 128": Specimen(partial(_ssd, dtype=torch.bfloat16, dim=64, state_dim=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
 }

@@ -41,6 +41,11 @@ class Case:
         }
         return replace(self, arguments=cast, grad_out=self.grad_out.to(dtype), grad_state=self.grad_state.to(wide))
 
+    def on(self, device: str) -> "Case":
+        """The same call on another device, with the same strides."""
+        moved = {name: _moved(x, device) if isinstance(x, Tensor) else x for name, x in self.arguments.items()}
+        return Case(moved, self.grad_out.to(device), self.grad_state.to(device))
+
     def but(self, **arguments: Any) -> "Case":
         """The same call with other arguments."""
         return replace(self, arguments=self.arguments | arguments)
@@ -91,8 +96,11 @@ ALL_TERMS = {
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:
-    """`out`, `state` and, by the name of the input, the gradients."""
-    return differentiate(case, lambda *x, **more: onchip.ssd(*x, **more, return_final_state=True, backend=backend))
+    """`out`, `state` and, by the name of the input, the gradients; Triton's from a GPU where there is one."""
+    if backend == "triton" and torch.cuda.is_available():
+        case = case.on("cuda")
+    results = differentiate(case, lambda *x, **more: onchip.ssd(*x, **more, return_final_state=True, backend=backend))
+    return {name: x.cpu() for name, x in results.items()}
 
 
 def differentiate(case: Case, ssd: Any) -> dict[str, Tensor]:
@@ -171,9 +179,20 @@ def assert_twice_eager(case: Case, backend: str) -> None:
 
 
 def eager(x: Tensor, *inputs: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
-    """The recurrence as one writes it in PyTorch: every step in x's dtype."""
+    """The recurrence as one writes it in PyTorch: every step in x's dtype; packed sequences one by one."""
+    if (starts := more.pop("cu_seqlens", None)) is not None:
+        return _one_by_one(starts.tolist(), (x, *inputs), more)
     cast = lambda t: t.to(x.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
     return recurrence(x, *map(cast, inputs), **{name: cast(t) for name, t in more.items()})
+
+
+def _one_by_one(starts: list[int], inputs: tuple[Tensor, ...], more: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    x, dt, A, B, C = inputs
+    parts = []
+    for i, rows in enumerate(map(slice, starts[:-1], starts[1:])):
+        own = {"z": more["z"][None, rows], "initial_state": more["initial_state"][i : i + 1]}
+        parts.append(eager(x[None, rows], dt[None, rows], A, B[None, rows], C[None, rows], **(more | own)))
+    return torch.cat([y[0] for y, _ in parts]), torch.cat([state for _, state in parts])
 
 
 def _magnitudes(case: Case) -> Case:
@@ -196,6 +215,12 @@ def lay_out(x: Tensor, how: str) -> Tensor:
         storage = torch.full([n + 3 for n in x.shape], torch.nan, dtype=x.dtype)
         return storage[tuple(slice(1, n + 1) for n in x.shape)].copy_(x)
     return x.contiguous()
+
+
+def _moved(x: Tensor, device: str) -> Tensor:
+    """`x` with its strides, and with what its storage holds besides."""
+    elements = x.untyped_storage().nbytes() // x.itemsize
+    return x.detach().as_strided((elements,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 @contextmanager

@@ -2,16 +2,30 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from onchip.ops import _select
+from onchip.ops import _select, _triton
 from onchip.ops._sequence import WithFinalState
 from onchip.ops.ssd import checks, cpu, op, reference
 
 Backend = Literal["cpu", "triton", "reference"]
 
+TRITON_MAX_DIM = 128
+
+
+def _triton_limits(x: Tensor, *more: Tensor) -> str | None:
+    # Here and not beside the kernels, which are not imported before one of them runs.
+    if x.shape[-1] > TRITON_MAX_DIM:
+        return f"the head dim goes to {TRITON_MAX_DIM}, got {x.shape[-1]}"
+    if x.dtype == torch.float64:
+        return "it computes in float32, and the call is in float64"
+    return _triton.limits(x.device)
+
+
 IMPLEMENTATIONS = (
     _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
     _select.Implementation("reference"),
 )
 
