@@ -55,8 +55,11 @@ def chunk_gradients(
         grad_y *= gate * open
     grad = grad_y.to(x_tile.dtype)
     grad_weights = tl.dot(grad, tl.trans(u), input_precision=PRECISION)
+    # A step's log-decay is in every (i, j) with j < k ≤ i; and in from_start of all from k on, to_end of all before k.
+    pairs = tl.cumsum(tl.where(i > j, grad_weights * weights, 0.0), axis=0, reverse=True)
+    rate = tl.sum(tl.where(i > j, pairs, 0.0), axis=1)
     grad_products = (grad_weights * decay).to(x_tile.dtype)
-    after = tl.zeros([SIZE, P], tl.float32)
+    grad_u = tl.dot(tl.trans(weights.to(x_tile.dtype)), grad, input_precision=PRECISION)
     from_c, from_b = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
     whole = tl.zeros([P], tl.float32)
     for begin in range(0, STATE, N):
@@ -68,7 +71,8 @@ def chunk_gradients(
         at, there = state_tile(grad_states, chunk, head, heads, p, n, DIM, STATE)
         grad_state = tl.load(at, mask=there, other=0)
         whole += tl.sum(state * grad_state, axis=1)
-        after = tl.dot(b, tl.trans(grad_state.to(b.dtype)), after, input_precision=PRECISION)
+        decayed = (b.to(tl.float32) * to_end[:, None]).to(b.dtype)
+        grad_u = tl.dot(decayed, tl.trans(grad_state.to(b.dtype)), grad_u, input_precision=PRECISION)
         through = tl.dot(grad, state.to(c.dtype), input_precision=PRECISION) * from_start[:, None]
         from_c += tl.sum(through * c.to(tl.float32), axis=1)
         through = tl.dot(grad_products, b, through, input_precision=PRECISION)
@@ -77,12 +81,10 @@ def chunk_gradients(
         from_b += tl.sum(through * b.to(tl.float32), axis=1)
         through = tl.dot(tl.trans(grad_products), c, through, input_precision=PRECISION)
         write_tile(grad_B, batch, t, seen, head, n, through, STATE)
-    grad_u = tl.dot(tl.trans(weights.to(x_tile.dtype)), grad, after * to_end[:, None], input_precision=PRECISION)
     write_tile(grad_x, batch, t, seen, head, p, grad_u * step[:, None] + skip[None, :] * grad_y, DIM)
-    # A step's log-decay is in every (i, j) with j < k ≤ i, in from_start of all from k on, in to_end of all before k.
-    pairs = tl.cumsum(tl.where(i > j, grad_weights * weights, 0.0), axis=0, reverse=True)
-    rate = tl.sum(tl.where(i > j, pairs + from_b[None, :], from_c[None, :]), axis=1)
+    rate += tl.sum(tl.where(i > j, from_b[None, :], from_c[None, :]), axis=1)
     rate += tl.exp(tl.sum(log, axis=0)) * tl.sum(whole, axis=0)
+    wide_x = read_tile(x, batch, t, seen, head, p, DIM).to(tl.float32)
     grad_raw = (tl.sum(wide_x * grad_u, axis=1) + tl.load(steps.A + head) * rate) * slope
     at = grad_dt.ptr + batch * grad_dt.a + t.to(tl.int64) * grad_dt.b + head * grad_dt.c
     tl.store(at, grad_raw.to(grad_dt.ptr.dtype.element_ty), mask=seen)

@@ -16,6 +16,7 @@ from onchip.ops.ssd.triton.states import chunk_states, pass_states
 
 _LONGEST = 64  # steps of a chunk: a tile of the matrix units, and its decays fit in registers
 _COLUMNS = 64  # of the state dim at a time
+_GRADIENT_COLUMNS = 32  # where more would spill out of the registers
 _PASSED = 512  # numbers of a state that a program passes on
 _STEPPED = 8  # rows of a state that a program of a step takes
 
@@ -41,12 +42,11 @@ class Plan(NamedTuple):
         """Whether rows have no batch."""
         return self.call.cu_seqlens is not None
 
-    @property
-    def tiles(self) -> tuple[Any, ...]:
+    def tiles(self, columns: int = _COLUMNS) -> tuple[Any, ...]:
         """The kernels' last arguments."""
         dim, state = self.call.states[2:]
         sizes = (self.call.x.shape[-2] // self.call.B.shape[-2], dim, state, self.size)
-        blocks = (padded(dim), min(_COLUMNS, padded(state)))
+        blocks = (padded(dim), min(columns, padded(state)))
         return (self.call.dt_softplus, precision(self.call.x.dtype), *sizes, *blocks)
 
     def rows(self, x: Tensor | None) -> Any:
@@ -85,7 +85,7 @@ def forward(plan: Plan, out: Tensor, final: Tensor) -> list[Launch]:
     call, states = plan.call, plan.new_states()
     outputs = (
         *map(plan.rows, (call.x, call.B, call.C)), _skip(call), plan.rows(call.z), plan.steps, plan.chunks, states[0],
-        plan.rows(out), call.x.shape[-2], *plan.tiles,
+        plan.rows(out), call.x.shape[-2], *plan.tiles(),
     )  # fmt: skip
     return [
         _chunk_states(plan, call.x, None, call.B, states, backward=False),
@@ -104,7 +104,7 @@ def backward(
         *map(plan.rows, (call.x, call.B, call.C)), _skip(call), plan.rows(call.z), plan.steps, plan.chunks,
         plan.rows(grad_out), states[0], grad_states[0], call.x.shape[-2],
         *map(plan.rows, (grad_x, grad_dt, partial.B, partial.C, None if call.z is None else grad_z)), partial.sums,
-        partial.D, *plan.tiles,
+        partial.D, *plan.tiles(_GRADIENT_COLUMNS),
     )  # fmt: skip
     return [
         _chunk_states(plan, call.x, None, call.B, states, backward=False),
@@ -120,7 +120,7 @@ def backward(
 def _chunk_states(
     plan: Plan, left: Tensor, gate: Tensor | None, right: Tensor, states: tuple[Tensor, Tensor], *, backward: bool
 ) -> Launch:
-    heads, tiles = left.shape[-2], plan.tiles
+    heads, tiles = left.shape[-2], plan.tiles()
     given = (plan.rows(left), plan.rows(gate), plan.rows(right), plan.steps, plan.chunks, *states, heads)
     return Launch(
         chunk_states, (plan.number, heads, triton.cdiv(right.shape[-1], tiles[-1])), (*given, backward, *tiles)
