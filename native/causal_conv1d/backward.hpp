@@ -46,7 +46,7 @@ private:
             const int64_t rows = std::min(shape_.rows, ahead - t), there = std::clamp<int64_t>(length - t, 0, rows);
             this->read(this->tile(), p_.x, piece, t, there);
             this->read(g_ + history * shape_.pitch, gradients_.out, piece, t, there);
-            for (int64_t c = 0; c < shape_.pitch; c += Dimensions::kChannels) {
+            for (int64_t c = 0; c < Dimensions::end(columns_.count); c += Dimensions::kChannels) {
                 before_activation(c, there, rows);
                 accumulate(c, std::clamp<int64_t>(piece.end - t, 0, rows));
                 to_inputs(c, rows);

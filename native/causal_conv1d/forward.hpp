@@ -69,7 +69,7 @@ private:
         for (int64_t t = piece.begin; t < piece.end; t += shape_.rows) {
             const int64_t rows = std::min(shape_.rows, piece.end - t);
             read(tile(), p_.x, piece, t, rows);
-            for (int64_t c = 0; c < shape_.pitch; c += Dimensions::kChannels) convolve_channels(c, rows);
+            for (int64_t c = 0; c < Dimensions::end(columns_.count); c += Dimensions::kChannels) convolve_channels(c, rows);
             write(p_.out, piece, t, y_, rows);
             advance(x_, rows);
         }

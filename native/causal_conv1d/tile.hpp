@@ -14,21 +14,25 @@ namespace onchip::ONCHIP_ISA {
 
 template <class T, bool Time>
 struct Shape {
-    static constexpr int64_t kTileElements = 16384 / sizeof(T);
+    static constexpr int64_t kTileElements = 8192 / sizeof(T);  // two or three tiles share the first cache
+    static constexpr int64_t kMostChannels = 1024 / sizeof(T);
 
     int64_t channels;  // of a block
-    int64_t pitch;
+    int64_t pitch;     // with a cache line between rows, which would otherwise share the cache's sets
     int64_t rows;      // that a tile has besides its history
     int64_t history;   // rows before the first that the filter reaches
 
     explicit Shape(const causal_conv1d::Problem& p)
-        : channels(Time ? 1 : std::min<int64_t>(p.channels, 512)),
-          pitch(Time ? 1 : round_up(channels, kLanes<T>)),
+        : channels(Time ? 1 : std::min<int64_t>(p.channels, kMostChannels)),
+          pitch(Time ? 1 : round_up(channels, kLanes<T>) + 64 / sizeof(T)),
           rows(std::max(kTileElements / pitch, std::max<int64_t>(p.width - 1, kLanes<T>))),
           history(p.width - 1) {}
 
     static constexpr int64_t kTimes = Time ? kLanes<T> : 1;  // that a vector holds
     static constexpr int64_t kChannels = Time ? 1 : kLanes<T>;
+
+    // Where the last vector of a row of `count` channels ends.
+    static int64_t end(int64_t count) { return Time ? 1 : round_up(count, kLanes<T>); }
 
     // Elements of a tile with its history; the last vector of a stretch of time may reach beyond it.
     int64_t elements() const { return (history + rows) * pitch + kLanes<T>; }

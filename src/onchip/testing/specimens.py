@@ -102,6 +102,23 @@ def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
     return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
 
 
+def _causal_conv1d(architecture: str, dtype: torch.dtype, width: int) -> list[Launch]:
+    """All passes with SiLU over packed sequences of 4096 rows and 2048 channels, and a step of a batch of 8."""
+    from onchip.ops.causal_conv1d import triton as conv
+
+    x, weight, bias, state, x_t = _meta(
+        (4096, 2048), (2048, width), (2048,), (8, width - 1, 2048), (8, 2048), dtype=dtype
+    )
+    (starts,) = _meta((9,), dtype=torch.int32)
+    call, sums = conv.describe(x, weight, bias, state, starts), _float32(16, width + 1, 2048)
+    return [
+        conv.convolve(call, width, True, x),
+        conv.differentiate(call, width, True, x, x, sums),
+        conv.differentiate_state(call, width, True, x, state),
+        conv.move_on(x_t, state, weight, bias, True, x_t),
+    ]
+
+
 def _ssd(architecture: str, dtype: torch.dtype, dim: int, state_dim: int) -> list[Launch]:
     """All passes over 4096 steps of 24 heads that share B and C, with all that is fused; and a step of decoding."""
     from onchip.ops.ssd.call import Call
@@ -141,6 +158,7 @@ SPECIMENS = {
     "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
     "paged decoding bfloat16 128": Specimen(partial(_paged_decoding, dtype=torch.bfloat16, dim=128)),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
+    "causal_conv1d bfloat16 4": Specimen(partial(_causal_conv1d, dtype=torch.bfloat16, width=4)),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
     "ssd bfloat16 64, state 128": Specimen(partial(_ssd, dtype=torch.bfloat16, dim=64, state_dim=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),

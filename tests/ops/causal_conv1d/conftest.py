@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import onchip
-from onchip.ops import _native
+from onchip.ops import _native, _triton
 
 ON_GPU = torch.cuda.is_available()
 ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,11 +41,32 @@ REFERENCE = pytest.param(Target("reference", None, ALL), id="reference")
 NATIVE = [] if _native.missing else _native.kernels.instruction_sets()
 CPU = [pytest.param(Target("cpu", name, ALL), id=f"cpu-{name}") for name in NATIVE]
 
+# Interpreted, bfloat16 is rounded by cutting off.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
+ABSENT = _triton.missing or (
+    None if ON_GPU or _triton.interpreted_on() else "there is no GPU, and TRITON_INTERPRET=1 is not set"
+)
+TRITON = pytest.param(
+    Target("triton", None, DTYPES),
+    marks=pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT)),
+    id="triton",
+)
 
-@pytest.fixture(scope="module", params=[REFERENCE, *CPU])
+
+@pytest.fixture(scope="module", params=[REFERENCE, *CPU, TRITON])
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """An implementation, with the instruction set chosen; memory that nobody wrote is NaN."""
-    target: Target = request.param
+    yield from chosen(request.param)
+
+
+@pytest.fixture(scope="module", params=[REFERENCE, *CPU])
+def quick_target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """One that is not interpreted, for tests of many calls."""
+    yield from chosen(request.param)
+
+
+def chosen(target: Target) -> Iterator[Target]:
+    """Of these, while a test uses it."""
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     if target.instruction_set is not None:
         before = _native.kernels.instruction_set()

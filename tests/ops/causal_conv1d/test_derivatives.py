@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 import onchip
 from onchip.ops import _native
 
-from .conftest import Target
+from .conftest import ON_GPU, Target
 from .test_values import LAYOUTS, eager, inputs
 
 F64 = torch.float64
@@ -70,7 +70,9 @@ def plain(x, weight, bias, state):
 @pytest.mark.parametrize("size", [(2, 300, 19, 4), (3, 2, 37, 3), (1, 65, 8, 5)], ids=str)
 def test_gradients(target: Target, size, layout):
     """At most twice eager PyTorch's error, plus a rounding and a few of the arithmetic's of the terms summed."""
-    if target.backend == "triton":
+    if target.backend == "triton" and not ON_GPU:
+        if layout not in ("contiguous", "time contiguous") or size[1] == 65:
+            pytest.skip("interpreted, each takes seconds")
         size = (size[0], min(size[1], 40), *size[2:])
     for dtype in target.dtypes:
         tensors = list(inputs(*size, dtype))
@@ -256,7 +258,7 @@ def test_a_compiled_step_is_the_same():
 
 
 def test_a_step_has_gradients(target: Target):
-    x, weight, bias, state = (t.requires_grad_() for t in inputs(2, 1, 3, 4))
+    x, weight, bias, state = (t.requires_grad_() for t in inputs(2, 1, 3, 4, target.dtypes[0]))
     y, new = target.step(x[:, 0], state, weight, bias, activation="silu")
     got = torch.autograd.grad(y.sum() + new.pow(2).sum(), (x, weight, bias, state))
     window = torch.cat([state, x], 1)

@@ -95,15 +95,15 @@ def test_the_matrix(target: Target):
 
 @given(data=st.data())
 @settings(max_examples=20)
-def test_a_split_at_any_point_is_one_pass(target: Target, data):
+def test_a_split_at_any_point_is_one_pass(quick_target: Target, data):
     length, width = data.draw(st.integers(0, 24)), data.draw(st.integers(1, 6))
-    x, weight, bias, state = inputs(2, length, 3, width, target.dtypes[0])
+    x, weight, bias, state = inputs(2, length, 3, width, quick_target.dtypes[0])
     options = {"activation": "silu", "return_final_state": True}
-    whole, last = target.conv(x, weight, bias, initial_state=state, **options)
+    whole, last = quick_target.conv(x, weight, bias, initial_state=state, **options)
     parts = []
     cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=3)))
     for a, b in pairwise([0, *cuts, length]):
-        part, state = target.conv(x[:, a:b], weight, bias, initial_state=state, **options)
+        part, state = quick_target.conv(x[:, a:b], weight, bias, initial_state=state, **options)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-6, atol=1e-6)
     assert torch.equal(state, last)
@@ -142,19 +142,28 @@ def test_a_step_writes_where_it_is_told():
 
 @given(data=st.data())
 @settings(max_examples=20)
-def test_packed_is_one_by_one(target: Target, data):
+def test_packed_is_one_by_one(quick_target: Target, data):
     lengths = data.draw(st.lists(st.integers(0, 9), max_size=6))
     width, channels = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 20))
-    x, weight, bias, _ = inputs(1, sum(lengths), channels, width, target.dtypes[0])
+    x, weight, bias, _ = inputs(1, sum(lengths), channels, width, quick_target.dtypes[0])
     state = torch.randn(len(lengths), width - 1, channels, dtype=x.dtype)
     cu = torch.tensor([0, *lengths]).cumsum(0)
     options = {"activation": "silu", "return_final_state": True}
-    y, final = target.conv(x[0], weight, bias, initial_state=state, cu_seqlens=cu.int(), **options)
+    y, final = quick_target.conv(x[0], weight, bias, initial_state=state, cu_seqlens=cu.int(), **options)
     assert final.shape == state.shape
     for i, (a, b) in enumerate(pairwise(cu.tolist())):
-        want, last = target.conv(x[:, a:b], weight, bias, initial_state=state[i, None], **options)
+        want, last = quick_target.conv(x[:, a:b], weight, bias, initial_state=state[i, None], **options)
         torch.testing.assert_close(y[a:b], want[0], rtol=1e-6, atol=1e-6)
         assert torch.equal(final[i], last[0])
+
+
+def test_a_split_is_one_pass(target: Target):
+    x, weight, bias, state = inputs(2, 7, 3, 4, target.dtypes[0])
+    whole, last = target.conv(x, weight, bias, initial_state=state, return_final_state=True)
+    first, between = target.conv(x[:, :2], weight, bias, initial_state=state, return_final_state=True)
+    second, end = target.conv(x[:, 2:], weight, bias, initial_state=between, return_final_state=True)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-6, atol=1e-6)
+    assert torch.equal(end, last)
 
 
 def test_packed_without_a_state(target: Target):

@@ -2,17 +2,27 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from onchip.ops import _select
+from onchip.ops import _select, _triton
 from onchip.ops._sequence import WithFinalState
 from onchip.ops.causal_conv1d import checks, cpu, op, reference, step
 from onchip.ops.causal_conv1d.checks import Activation
 
 Backend = Literal["cpu", "triton", "reference"]
 
+
+def _triton_limits(x: Tensor) -> str | None:
+    # Here and not beside the kernels, which are not imported before they run.
+    if x.dtype == torch.float64:
+        return "it computes in float32, and the call is in float64"
+    return _triton.limits(x.device)
+
+
 IMPLEMENTATIONS = (
     _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
     _select.Implementation("reference"),
 )
 

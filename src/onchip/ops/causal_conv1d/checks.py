@@ -23,7 +23,7 @@ def check(
     check_tensor("x", x, ("total", "D") if packed else ("B", "T", "D"), x, any_float=False)
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, x)
-    width = _check_filter(x, weight, bias)
+    width = check_filter(x, weight, bias, x.shape[-1])
     if initial_state is not None:
         batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_tensor("initial_state", initial_state, (batch, width - 1, x.shape[-1]), x, any_float=False)
@@ -40,7 +40,7 @@ def check_step(
 ) -> bool:
     """The arguments of a step fit each other; whether there is an activation."""
     check_tensor("x_t", x_t, ("B", "D"), x_t, any_float=False)
-    shape = (x_t.shape[0], _check_filter(x_t, weight, bias) - 1, x_t.shape[1])
+    shape = (x_t.shape[0], check_filter(x_t, weight, bias, x_t.shape[1]) - 1, x_t.shape[1])
     check_tensor("state", state, shape, x_t, any_float=False)
     if out_state is not None:
         check_tensor("out_state", out_state, shape, x_t, any_float=False)
@@ -64,11 +64,11 @@ def check_activation(activation: Activation) -> bool:
     return activation is not None
 
 
-def _check_filter(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+def check_filter(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int) -> int:
     """weight and bias are those of x's channels; the filter's width."""
-    check_tensor("weight", weight, (x.shape[-1], "W"), x, any_float=True)
+    check_tensor("weight", weight, (channels, "W"), x, any_float=True)
     if bias is not None:
-        check_tensor("bias", bias, (x.shape[-1],), x, any_float=True)
+        check_tensor("bias", bias, (channels,), x, any_float=True)
     return _check_width(weight)
 
 
