@@ -88,7 +88,10 @@ def _transformers(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
 def _batched(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Chunks that divide the length are taken all at once: (B, chunks, H, time, …)."""
     chunk = next(size for size in range(min(CHUNK, x.shape[1]), 0, -1) if x.shape[1] % size == 0)
-    in_chunks = lambda t: t.unflatten(1, (-1, chunk)).transpose(2, 3)  # noqa: E731
+
+    def in_chunks(t: Tensor) -> Tensor:
+        return cast(Tensor, t.unflatten(1, (-1, chunk))).transpose(2, 3)  # type: ignore[no-untyped-call]
+
     wide = torch.promote_types(x.dtype, torch.float32)
     b, c = (in_chunks(t.to(wide).repeat_interleave(x.shape[2] // t.shape[2], 2)) for t in (B, C))
     u, log = in_chunks(x.to(wide) * dt[..., None]), in_chunks(dt * A)

@@ -129,10 +129,11 @@ def _ssd(architecture: str, dtype: torch.dtype, dim: int, state_dim: int) -> lis
         terms = _float32(24), z, _float32(24), _float32(1, 24, dim, state_dim)
         return Call(x, _float32(1, time, 24), _float32(24), B, B, *terms, None, True, 0.0, float("inf"), None)
 
-    plan, state, one = launches.Plan.of(call(4096)), _float32(1, 24, dim, state_dim), call(1)
-    x, grads = plan.call.x, plan.call.gradients()
-    backward = launches.backward(plan, x, state, grads, launches.Partial.of(plan))
-    return [*launches.forward(plan, x, state), *backward[2:], launches.step(one, state, one.x)]
+    sequence, one, state = call(4096), call(1), _float32(1, 24, dim, state_dim)
+    plan, x = launches.Plan.of_backward(sequence), sequence.x
+    forward = launches.forward(launches.Plan.of(sequence), x, state)
+    backward = launches.backward(plan, x, state, sequence.gradients(), launches.Partial.of(plan))
+    return [*forward, *backward, launches.step(one, state, one.x)]
 
 
 def _meta(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

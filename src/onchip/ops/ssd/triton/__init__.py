@@ -19,7 +19,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(grad_out: Tensor, grad_state: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """Its derivative on a GPU."""
-    plan, grads = launches.Plan.of(call), call.gradients()
+    plan, grads = launches.Plan.of_backward(call), call.gradients()
     partial = launches.Partial.of(plan)
     with on_device_of(call.x):
         for launch in launches.backward(plan, grad_out, grad_state, grads, partial):

@@ -15,6 +15,7 @@ from onchip.ops.ssd.triton.outputs import chunk_outputs, one_step
 from onchip.ops.ssd.triton.states import chunk_states, pass_states
 
 _LONGEST = 64  # steps of a chunk: a tile of the matrix units, and its decays fit in registers
+_LONGEST_BACKWARD = 32  # where more is alive at once
 _COLUMNS = 64  # of the state dim at a time
 _GRADIENT_COLUMNS = 32  # where more would spill out of the registers
 _PASSED = 512  # numbers of a state that a program passes on
@@ -31,11 +32,16 @@ class Plan(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, call: Call) -> "Plan":
+    def of(cls, call: Call, longest: int = _LONGEST) -> "Plan":
         """Of a call, whose boundaries are read here."""
-        wanted = min(call.chunk_size or _LONGEST, _LONGEST)
+        wanted = min(call.chunk_size or longest, longest)
         size = max(16, triton.next_power_of_2(wanted + 1) // 2)
         return cls(call, _steps(call), *divide(call.x, call.cu_seqlens, size), size)
+
+    @classmethod
+    def of_backward(cls, call: Call) -> "Plan":
+        """The same for the backward pass."""
+        return cls.of(call, _LONGEST_BACKWARD)
 
     @property
     def packed(self) -> bool:
@@ -113,7 +119,7 @@ def backward(
         _pass_states(
             plan, grad_states, grad_state, None if call.initial_state is None else grad_initial, backward=True
         ),
-        Launch(chunk_gradients, (plan.number, call.x.shape[-2]), gradients, warps=8),
+        Launch(chunk_gradients, (plan.number, call.x.shape[-2]), gradients, warps=4),
     ]
 
 
