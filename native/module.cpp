@@ -14,6 +14,7 @@
 #include "common/scratch.hpp"
 #include "hadamard/problem.hpp"
 #include "selective_scan/problem.hpp"
+#include "ssd/problem.hpp"
 
 #define ONCHIP_DECLARE(isa)                                              \
     namespace onchip::isa {                                              \
@@ -21,6 +22,7 @@
     extern const onchip::causal_conv1d::Kernels causal_conv1d_kernels;   \
     extern const onchip::hadamard::Kernels hadamard_kernels;             \
     extern const onchip::selective_scan::Kernels selective_scan_kernels; \
+    extern const onchip::ssd::Kernels ssd_kernels;                       \
     }
 ONCHIP_DECLARE(baseline)
 #ifdef ONCHIP_X86
@@ -40,10 +42,12 @@ struct InstructionSet {
     causal_conv1d::Kernels causal_conv1d;
     hadamard::Kernels hadamard;
     selective_scan::Kernels selective_scan;
+    ssd::Kernels ssd;
 };
 #define ONCHIP_INSTRUCTION_SET(isa) \
     InstructionSet {                                                                                    \
-        #isa, isa::attention_kernels, isa::causal_conv1d_kernels, isa::hadamard_kernels, isa::selective_scan_kernels \
+        #isa, isa::attention_kernels, isa::causal_conv1d_kernels, isa::hadamard_kernels, isa::selective_scan_kernels, \
+            isa::ssd_kernels                                                                         \
     }
 
 // Best first.
@@ -280,6 +284,55 @@ void selective_scan_step(const ScanSizes& sizes, const ScanTensors& tensors) {
     chosen.selective_scan.step(p);
 }
 
+// (batch, T, heads, groups, dim, state_dim, chunk, softplus, threads); the range of a step; where packed sequences begin;
+// x, dt, A, B, C, D, z, dt_bias, initial state, out, final state.
+using SsdTensors = std::array<std::optional<Described>, 11>;
+
+ssd::Problem ssd_problem(const std::array<int64_t, 9>& n, const std::array<double, 2>& limit,
+                         const std::vector<int64_t>& starts, const SsdTensors& tensors) {
+    ssd::Problem p;
+    for (int64_t b = 0; b < n[0]; ++b) {
+        p.sequences.push_back(starts.empty() ? ssd::Sequence{b, 0, n[1], b}
+                                             : ssd::Sequence{0, starts[b], starts[b + 1] - starts[b], b});
+    }
+    p.heads = n[2];
+    p.group = p.heads / n[3];
+    p.dim = n[4];
+    p.state_dim = n[5];
+    p.chunk = std::max<int64_t>(std::min(n[6], p.longest()), 1);
+    p.softplus = n[7] != 0;
+    p.threads = int(n[8]);
+    p.low = limit[0];
+    p.high = limit[1];
+    Tensor* const targets[] = {&p.x, &p.dt, &p.A, &p.B, &p.C, &p.D, &p.z, &p.dt_bias, &p.initial_state, &p.out, &p.final_state};
+    for (size_t i = 0; i < tensors.size(); ++i) *targets[i] = tensor(tensors[i]);
+    return p;
+}
+
+void ssd_forward(const std::array<int64_t, 9>& sizes, const std::array<double, 2>& limit, const std::vector<int64_t>& starts,
+                 const SsdTensors& tensors) {
+    const ssd::Problem p = ssd_problem(sizes, limit, starts, tensors);
+    nb::gil_scoped_release release;
+    chosen.ssd.forward(p);
+}
+
+// The gradients of out, final state, x, dt, B, C, z, initial state, A, D, dt_bias.
+void ssd_backward(const std::array<int64_t, 9>& sizes, const std::array<double, 2>& limit, const std::vector<int64_t>& starts,
+                  const SsdTensors& tensors, const SsdTensors& gradients) {
+    const ssd::Problem p = ssd_problem(sizes, limit, starts, tensors);
+    ssd::Gradients g;
+    Tensor* const targets[] = {&g.out, &g.final_state, &g.x, &g.dt, &g.B, &g.C, &g.z, &g.initial_state, &g.A, &g.D, &g.dt_bias};
+    for (size_t i = 0; i < gradients.size(); ++i) *targets[i] = tensor(gradients[i]);
+    nb::gil_scoped_release release;
+    chosen.ssd.backward(p, g);
+}
+
+void ssd_step(const std::array<int64_t, 9>& sizes, const std::array<double, 2>& limit, const SsdTensors& tensors) {
+    const ssd::Problem p = ssd_problem(sizes, limit, {}, tensors);
+    nb::gil_scoped_release release;
+    chosen.ssd.step(p);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -301,4 +354,7 @@ NB_MODULE(_native, m) {
     m.def("selective_scan_blocks", [](int64_t channels, int64_t groups, bool wide) {
         return chosen.selective_scan.blocks(channels, groups, wide);
     });
+    m.def("ssd_forward", ssd_forward);
+    m.def("ssd_backward", ssd_backward);
+    m.def("ssd_step", ssd_step);
 }

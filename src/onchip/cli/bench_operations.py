@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 OPERATIONS = {
     "causal_conv1d": "Measure onchip.causal_conv1d, width 4 with SiLU, against PyTorch's depthwise conv1d.",
     "selective_scan": "Measure onchip.selective_scan, D 512, N 16, against transformers' loop and mambapy.",
+    "ssd": "Measure onchip.ssd against a batched ssd in plain PyTorch and transformers' own for Mamba-2.",
 }
 
 

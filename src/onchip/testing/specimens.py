@@ -157,6 +157,23 @@ def _causal_conv1d(architecture: str, dtype: torch.dtype, width: int) -> list[La
     ]
 
 
+def _ssd(architecture: str, dtype: torch.dtype, dim: int, state_dim: int) -> list[Launch]:
+    """All passes over 4096 steps of 24 heads that share B and C, with all that is fused; and a step of decoding."""
+    from onchip.ops.ssd.call import Call
+    from onchip.ops.ssd.triton import launches
+
+    def call(time: int) -> Call:
+        x, z, B = _meta((1, time, 24, dim), (1, time, 24, dim), (1, time, 1, state_dim), dtype=dtype)
+        terms = _float32(24), z, _float32(24), _float32(1, 24, dim, state_dim)
+        return Call(x, _float32(1, time, 24), _float32(24), B, B, *terms, None, True, 0.0, float("inf"), None)
+
+    sequence, one, state = call(4096), call(1), _float32(1, 24, dim, state_dim)
+    plan, x = launches.Plan.of_backward(sequence), sequence.x
+    forward = launches.forward(launches.Plan.of(sequence), x, state)
+    backward = launches.backward(plan, x, state, sequence.gradients(), launches.Partial.of(plan))
+    return [*forward, *backward, launches.step(one, state, one.x)]
+
+
 def _meta(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
@@ -187,5 +204,6 @@ SPECIMENS = {
     "selective scan bfloat16 16": Specimen(partial(_selective_scan, dtype=torch.bfloat16, states=16)),
     "causal_conv1d bfloat16 4": Specimen(partial(_causal_conv1d, dtype=torch.bfloat16, width=4)),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
+    "ssd bfloat16 64, state 128": Specimen(partial(_ssd, dtype=torch.bfloat16, dim=64, state_dim=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
 }

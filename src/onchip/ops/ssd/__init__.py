@@ -2,15 +2,32 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from onchip.ops import _select
+from onchip.ops import _select, _triton
 from onchip.ops._sequence import WithFinalState
-from onchip.ops.ssd import checks, reference
+from onchip.ops.ssd import checks, cpu, op, reference
 
 Backend = Literal["cpu", "triton", "reference"]
 
-IMPLEMENTATIONS = (_select.Implementation("reference"),)
+TRITON_MAX_DIM = 128
+
+
+def _triton_limits(x: Tensor, *more: Tensor) -> str | None:
+    # Here and not beside the kernels, which are not imported before one of them runs.
+    if x.shape[-1] > TRITON_MAX_DIM:
+        return f"the head dim goes to {TRITON_MAX_DIM}, got {x.shape[-1]}"
+    if x.dtype == torch.float64:
+        return "it computes in float32, and the call is in float64"
+    return _triton.limits(x.device)
+
+
+IMPLEMENTATIONS = (
+    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
+    _select.Implementation("reference"),
+)
 
 
 @overload
@@ -131,8 +148,11 @@ def ssd(
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x.shape[-2], x)
     checks.check_chunk_size(chunk_size)
     checks.check_flag("return_final_state", return_final_state)
-    _select.choose("ssd", IMPLEMENTATIONS, backend, x, dt, A, B, C)
-    result = reference.ssd(x, dt, A, B, C, D, z, step, chunk_size, initial_state, cu_seqlens)
+    if _select.choose("ssd", IMPLEMENTATIONS, backend, x, dt, A, B, C) == "reference":
+        result = reference.ssd(x, dt, A, B, C, D, z, step, chunk_size, initial_state, cu_seqlens)
+    else:
+        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+        result = op.ssd(*tensors, step.softplus, *step.range, chunk_size, backend)
     return WithFinalState(*result) if return_final_state else result[0]
 
 
@@ -199,13 +219,15 @@ def ssd_step(
     """
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, out_state)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x_t.shape[-2], x_t)
-    _select.choose("ssd_step", IMPLEMENTATIONS, backend, x_t, state, dt_t, A, B_t, C_t)
-    y, new_state = reference.ssd_step(x_t, state, dt_t, A, B_t, C_t, D, z, step)
-    if out_state is None:
-        return y, new_state
-    if new_state.requires_grad:
+    inputs = (x_t, state, dt_t, A, B_t, C_t, D, z)
+    differentiated = op.needs_grad(*inputs, dt_bias)
+    if differentiated and out_state is not None:
         raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
-    return y, out_state.copy_(new_state)
+    chosen = _select.choose("ssd_step", IMPLEMENTATIONS, backend, *inputs[:6])
+    if chosen != "reference" and not differentiated:
+        return op.ssd_step(*inputs, dt_bias, step.softplus, *step.range, backend, out_state=out_state)
+    y, new_state = reference.ssd_step(*inputs, step)
+    return y, new_state if out_state is None else out_state.copy_(new_state)
 
 
 def ssd_matrix(

@@ -4,12 +4,13 @@ Everything else that calls itself ssd is compared with this file. Arguments are 
 float32, in float64 for float64 inputs.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from onchip.ops._sequence import STATE_DTYPES, sequences
+from onchip.ops._sequence import STATE_DTYPES, segment_sums, sequences
 
 CHUNK = 64
 
@@ -20,6 +21,11 @@ class Step(NamedTuple):
     bias: Tensor | None
     softplus: bool
     limit: tuple[float, float] | None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """What the step is clamped to."""
+        return self.limit or (-math.inf, math.inf)
 
     def __call__(self, dt: Tensor) -> Tensor:
         """The step, in dt's dtype."""
@@ -69,7 +75,7 @@ def _scan(u: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int)
     for begin in range(0, u.shape[1], chunk):
         u_c, a_c, B_c, C_c = (t[:, begin : begin + chunk] for t in (u, a, B, C))
         a_c = a_c.transpose(1, 2)  # (B, H, T)
-        decay, from_start = segment_sums(a_c).exp(), a_c.cumsum(-1).exp()
+        decay, from_start = _decays(a_c), a_c.cumsum(-1).exp()
         weights = torch.einsum("bihn,bjhn->bhij", C_c, B_c) * decay
         before = torch.einsum("bihn,bhpn->bhip", C_c, state) * from_start[..., None]
         outputs.append(torch.einsum("bhij,bjhp->bihp", weights, u_c) + before.transpose(1, 2))
@@ -78,14 +84,9 @@ def _scan(u: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int)
     return torch.cat(outputs, 1), state
 
 
-def segment_sums(a: Tensor) -> Tensor:
-    """s[i, j] = Σ a[k] over j < k ≤ i, and -inf above the diagonal.
-
-    Each is a sum of its own terms: a difference of two sums from the beginning would lose what they have in common.
-    """
-    after = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).tril(-1)
-    sums = (a[..., None] * after).cumsum(-2)
-    return sums.masked_fill(after.T, -torch.inf)
+def _decays(a: Tensor) -> Tensor:
+    """exp(Σ a[k] over j < k ≤ i) at (i, j), and 0 above the diagonal."""
+    return segment_sums(a).exp().tril()
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -121,5 +122,5 @@ def ssd_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, step: Step) -> Tenso
     dtype, heads = STATE_DTYPES[B.dtype], dt.shape[-1]
     dt = step(dt.to(dtype))
     b, c = (t.to(dtype).repeat_interleave(heads // t.shape[-2], -2) for t in (B, C))
-    decay = segment_sums((dt * A.to(dtype)).transpose(1, 2)).exp()
+    decay = _decays((dt * A.to(dtype)).transpose(1, 2))
     return torch.einsum("bihn,bjhn->bhij", c, b) * decay * dt.transpose(1, 2)[:, :, None]
