@@ -36,6 +36,7 @@ class Line:
 
 FORWARD, BOTH, FULL, CAUSAL = {"grad": False}, {"grad": True}, {"causal": False}, {"causal": True}
 MASKED = "SDPA, dense mask"
+MODEL = "SmolLM2-135M's shape in transformers"
 LINES = [
     Line("float32 forward, full", "forward", FULL),
     Line("float32 forward, causal", "forward", CAUSAL),
@@ -49,6 +50,11 @@ LINES = [
     Line("decode, Tk 32768, 32/8 heads, float32", "decode", {"dtype": "float32"}),
     Line("decode, Tk 32768, 32/8 heads, bfloat16", "decode", {"dtype": "bfloat16"}),
     Line("a tiny call, 1 thread", "overhead", {}, "sdpa", "SDPA"),
+    *(
+        Line(f"{MODEL}, {words}, {dtype}", suite, {"dtype": dtype}, "sdpa", "SDPA")
+        for suite, words in (("prefill", "a prompt"), ("step", "a decoding step"))
+        for dtype in ("float32", "bfloat16")
+    ),
 ]
 
 
@@ -116,11 +122,18 @@ def table(measured: Sequence[Row]) -> str:
         if here:
             by_malloc = ([row for row in here if row.machine.malloc == malloc] for malloc in mallocs)
             speeds = [_range(row.ratio[line.peer].median for row in some) for some in by_malloc]
-            share = _percent(row.fraction["onchip"] for row in here)
-            lines.append(f"| {line.work} | {line.against} | {' | '.join(speeds)} | {share} of {CEILINGS[here[0].of]} |")
+            share = "–"
+            if here[0].of:
+                share = f"{_percent(row.fraction['onchip'] for row in here)} of {CEILINGS[here[0].of]}"
+            lines.append(f"| {line.work} | {line.against} | {' | '.join(speeds)} | {share} |")
     extra = [row.extra["onchip"] for row in measured if row.extra]
     if extra:
         lines.append(f"\nMemory beyond inputs and outputs at T 8192: {max(extra):+.1%} at most.")
+    glue = [
+        1e3 * (row.ms["onchip"].median - row.ms["attention"].median) for row in measured if row.case.suite == "glue"
+    ]
+    if glue:
+        lines.append(f"\nA layer of transformers takes {max(glue):.0f} µs beyond onchip.attention's call.")
     lines.append(
         f"\n{machine.name}, {machine.threads} threads, {machine.capability}, torch {machine.torch}. Ranges are over"
         " sequence lengths and head dims. `onchip bench attention` measures yours."
@@ -146,7 +159,8 @@ def figure(measured: Sequence[Row]) -> str:
 
 def updated(readme: str, results: Path = RESULTS) -> str:
     """`readme` with what stands between its markers made anew."""
-    machines = [rows.read(path) for path in sorted(results.glob("*/attention.jsonl"))]
+    folders = sorted({path.parent for path in results.glob("*/*.jsonl")})
+    machines = [[row for path in sorted(folder.glob("*.jsonl")) for row in rows.read(path)] for folder in folders]
     cpus = [machine for machine in machines if machine and not machine[0].machine.gpu]
     gpus = [machine for machine in machines if machine and machine[0].machine.gpu]
     parts = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onchip.models import LanguageModel, ModelConfig
-from onchip.viz import draw_mixing_matrices
+from onchip.viz import MOST_HEADS, _layers, draw_mixing_matrices
 
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread
@@ -40,6 +40,24 @@ def test_the_picture_shows_the_matrices(model, tmp_path):
 def test_matrices_with_negative_entries_are_drawn(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "matrices", lambda tokens: [torch.randn(1, 1, tokens.shape[1], tokens.shape[1])] * 2)
     draw_mixing_matrices(model, "ab", tmp_path / "mixing.png")
+    assert imread(tmp_path / "mixing.png").size
+
+
+def test_of_many_heads_some_are_drawn_from_the_nearest_to_the_furthest(tmp_path):
+    layers = [{"mixer": "mamba", "d_state": 4}, {"mixer": "attention", "n_heads": 2}]
+    model = LanguageModel(ModelConfig(vocab_size=257, d_model=16, layers=layers, d_mlp=None))
+    mamba, attention = _layers(model, list(b"some text"))
+    assert (len(mamba.heads), mamba.total, len(attention.heads)) == (MOST_HEADS, 32, 2)
+    distances = [head.back for head in mamba.heads]
+    assert distances == sorted(distances)
+    (matrices, _) = model.matrices(torch.tensor([list(b"some text")]))
+    weights, time = matrices[0].abs(), torch.arange(9)
+    every = (weights * (time[:, None] - time)).sum((1, 2)) / weights.sum((1, 2))
+    torch.testing.assert_close(torch.tensor([distances[0], distances[-1]]), torch.stack([every.min(), every.max()]))
+    for head in mamba.heads:
+        own = matrices[0, head.number - 1]
+        torch.testing.assert_close(torch.from_numpy(head.weights), (own / own.abs().max()).detach())
+    draw_mixing_matrices(model, "some text", tmp_path / "mixing.png")
     assert imread(tmp_path / "mixing.png").size
 
 

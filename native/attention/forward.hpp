@@ -25,14 +25,6 @@
 
 namespace onchip::ONCHIP_ISA {
 
-// Length of a line of a tile: whole panels, and an odd number of cache lines so that successive rows fall into
-// different cache sets.
-template <class T>
-inline int64_t pitch(int64_t n) {
-    const int64_t lines = round_up(n, kPanel<T>) * int64_t(sizeof(T)) / 64;
-    return std::max<int64_t>(round_up(n, kPanel<T>), (lines | 1) * 64 / int64_t(sizeof(T)));
-}
-
 constexpr int64_t kBlockRows = 48;  // rows whose scores against one tile of keys are held at once
 constexpr int64_t kUnitRows = 8 * kBlockRows;
 

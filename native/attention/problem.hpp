@@ -89,6 +89,7 @@ struct Problem {
     Pages pages;          // of k and v; for the forward pass
     BlockMask mask;
     int threads;
+    bool batch_invariant;  // one kernel for every call, so that a row's bits depend on nothing but what it sees
 
     // A row's query and its head in the group. Most often the group is one head, and a division by a variable costs as
     // much as a hundred multiplications of the kernels.

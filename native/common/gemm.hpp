@@ -10,6 +10,14 @@
 
 namespace onchip::ONCHIP_ISA {
 
+// Length of a line of a tile: whole panels, and an odd number of cache lines so that successive rows fall into
+// different cache sets.
+template <class T>
+inline int64_t pitch(int64_t n) {
+    const int64_t lines = round_up(n, kPanel<T>) * int64_t(sizeof(T)) / 64;
+    return std::max<int64_t>(round_up(n, kPanel<T>), (lines | 1) * 64 / int64_t(sizeof(T)));
+}
+
 template <class T>
 struct Left {  // A: element (row, step)
     const T* data;

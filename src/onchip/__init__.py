@@ -17,9 +17,18 @@ if TYPE_CHECKING:
         attention_with_cache,
         attention_with_cache_and_lse,
         attention_with_lse,
+        causal_conv1d,
+        causal_conv1d_matrix,
+        causal_conv1d_step,
         explain,
         hadamard,
         merge_attention,
+        selective_scan,
+        selective_scan_matrix,
+        selective_scan_step,
+        ssd,
+        ssd_matrix,
+        ssd_step,
     )
 
 __all__ = [
@@ -31,9 +40,18 @@ __all__ = [
     "attention_with_cache",
     "attention_with_cache_and_lse",
     "attention_with_lse",
+    "causal_conv1d",
+    "causal_conv1d_matrix",
+    "causal_conv1d_step",
     "explain",
     "hadamard",
     "merge_attention",
+    "selective_scan",
+    "selective_scan_matrix",
+    "selective_scan_step",
+    "ssd",
+    "ssd_matrix",
+    "ssd_step",
 ]
 __version__ = "0.1.0"
 

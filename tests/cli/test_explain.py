@@ -31,6 +31,6 @@ def test_tensors_are_not_allocated(capsys):
 def test_takes_every_option(capsys):
     code, out = explain(
         capsys, "--shape", "2,7,4,8", "--v-dim", "3", "--dtype", "bfloat16", "--causal", "--window", "3,-",
-        "--backend", "reference",
+        "--batch-invariant", "--backend", "reference",
     )  # fmt: skip
-    assert code == 0 and "→ reference" in out
+    assert code == 1 and "reference  cannot serve: batch_invariant=True" in out

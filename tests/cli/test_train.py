@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from onchip.cli.train import train
 from onchip.models import load_model
+from onchip.training import PRESETS
 from onchip.training.metrics import read_metrics
 
 # Small enough for a second or two of training, and long enough to be killed in the middle.
@@ -194,6 +197,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run: Path, corpus: Path, tmp_
     assert not list(folder.glob("checkpoints/*")) and not list(folder.glob(".*.tmp"))
     assert onchip("--out", folder).returncode == 0
     assert model(folder) == model(run)
+
+
+def test_every_preset_can_be_named() -> None:
+    named = get_args(get_args(get_type_hints(train)["preset"])[0])
+    assert sorted(named) == sorted(PRESETS)
+
+
+def test_a_hybrid_of_your_own_is_trained_and_sampled(corpus: Path, tmp_path: Path) -> None:
+    layers = [{"mixer": "mamba2", "d_state": 8, "head_dim": 8}, {"mixer": "attention", "n_heads": 2}]
+    described = {"vocab_size": 257, "d_model": 16, "layers": layers, "d_mlp": None}
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    shape = ("--steps", "2", "--context", "32", "--batch", "1", "--model", tmp_path / "model.json")
+    done = onchip(corpus, "--preset", "hybrid", *shape, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "2 layers (mamba2, attention)" in done.stdout and "A new document" in done.stdout
 
 
 def test_bad_input_is_one_line_before_any_work(corpus: Path, tmp_path: Path) -> None:

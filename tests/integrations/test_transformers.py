@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from onchip.integrations.transformers import CausalMask, register
+from onchip.integrations.transformers import register
+from onchip.integrations.transformers.attention import CausalMask
 
 transformers = pytest.importorskip("transformers", reason="runs models of transformers (pip install 'onchip[dev]')")
 register()
@@ -122,8 +123,9 @@ PACKED = [(name, boundaries) for name in DECODERS for boundaries in (False, True
 
 
 @pytest.mark.parametrize(("name", "boundaries"), PACKED)
-def test_packed_sequences_do_not_see_each_other(name, boundaries):
-    x = tokens(1, 16)
+def test_packed_sequences_do_not_see_each_other(name, boundaries, monkeypatch):
+    """In logits and gradients, and nothing is made that has a value for every pair of tokens."""
+    x, weights = tokens(1, 16), torch.randn(1, 16, V)
     eager, ours = pair(name)
     expected = torch.cat([eager(input_ids=part).logits for part in (x[:, :9], x[:, 9:])], dim=1)
     positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
@@ -131,7 +133,52 @@ def test_packed_sequences_do_not_see_each_other(name, boundaries):
     if boundaries:
         cu = torch.tensor([0, 9, 16], dtype=torch.int32)
         kwargs |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 9, "max_length_k": 9}
-    close(ours(input_ids=x, use_cache=False, **kwargs).logits, expected)
+    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", None)
+    got = ours(input_ids=x, use_cache=False, **kwargs).logits
+    close(got, expected)
+    for logits in (got, expected):
+        (logits * weights).sum().backward()
+    scale = max(p.grad.abs().max() for p in eager.parameters() if p.grad is not None)
+    for p, q in zip(ours.parameters(), eager.parameters(), strict=True):
+        assert p.grad is q.grad is None or (p.grad - q.grad).abs().max() <= 2e-5 * scale
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_packed_sequences_in_a_batch(name):
+    """Every row of the batch has sequences of its own, which may begin at any position."""
+    x, positions = tokens(2, 12), torch.stack([torch.arange(12) % 7, 40 + torch.arange(12) % 5])
+    eager, ours = pair(name)
+    close(*(model(input_ids=x, position_ids=positions, use_cache=False).logits for model in (ours, eager)))
+    for row in range(2):  # eager attention keeps the rows' sequences apart, and so this is not true by chance
+        begins = (positions[row].diff() != 1).nonzero().flatten().add(1).tolist()
+        parts = torch.tensor_split(torch.arange(12), begins)
+        alone = [eager(input_ids=x[row : row + 1, p], position_ids=positions[row : row + 1, p]).logits for p in parts]
+        close(ours(input_ids=x, position_ids=positions, use_cache=False).logits[row], torch.cat(alone, 1)[0])
+
+
+def test_a_mask_that_only_looks_packed_is_written_out():
+    make, utils = transformers.AttentionMaskInterface()["onchip"], transformers.masking_utils
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    numbers = utils.find_packed_sequence_indices(positions)
+    packed = lambda inside: utils.packed_sequence_compatibility_function(inside, positions, numbers)  # noqa: E731
+    more = {"allow_is_causal_skip": False, "q_length": 5, "kv_length": 5, "batch_size": 1}
+    mask = make(mask_function=packed(utils.causal_mask_function), **more)
+    assert type(mask) is CausalMask and mask.boundaries.tolist() == [0, 3, 5] and mask.left is None
+    assert mask.to("meta").boundaries.device.type == "meta"
+    mask = make(mask_function=packed(utils.sliding_window_causal_mask_function(2)), local_size=2, **more)
+    assert type(mask) is CausalMask and mask.left == 1
+    written = mask & torch.ones(5, dtype=torch.bool)  # as Falcon does with its mask
+    assert written.shape == (1, 1, 5, 5) and written.sum() == 8 and not written[0, 0, 3, 2]
+    others = [
+        packed(utils.and_masks(utils.causal_mask_function, lambda b, h, i, j: i != 1)),
+        packed(utils.and_masks(lambda b, h, i, j: i != 1, utils.causal_mask_function)),
+        packed(utils.bidirectional_mask_function),
+        utils.or_masks(packed(utils.causal_mask_function), lambda b, h, i, j: i == 4),
+        utils.and_masks(packed(utils.causal_mask_function), lambda b, h, i, j: i != 1),
+    ]
+    for function in others:
+        mask = make(mask_function=function, **more, use_vmap=True)
+        assert type(mask) is torch.Tensor and mask.shape == (1, 1, 5, 5)
 
 
 @pytest.mark.parametrize("T", [1, 7])
@@ -209,13 +256,6 @@ def test_a_model_that_computes_with_its_mask_is_told():
         mask[:, :, :, :4]
     with pytest.raises(ValueError, match="computes with its attention mask"):
         mask & mask
-
-
-def test_dropout_is_refused_with_the_setting_that_helps():
-    model = pair("llama", attention_dropout=0.1)[1]
-    model(input_ids=tokens(1, 4))
-    with pytest.raises(ValueError, match=r"has no dropout, got 0\.1: set the config's attention_dropout"):
-        model.train()(input_ids=tokens(1, 4))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_a_config_keeps_its_own_layers():
     ("change", "error", "message"),
     [
         ({"vocab": 3}, ValueError, "has no vocab; it knows vocab_size, d_model"),
-        ({"d_mlp": None}, TypeError, "d_mlp must be an integer, got None"),
+        ({"d_mlp": 1.5}, TypeError, "d_mlp must be an integer, got 1.5"),
         ({"d_model": 0}, ValueError, "d_model must be positive, got 0"),
         ({"vocab_size": 2.5}, TypeError, "vocab_size must be an integer, got 2.5"),
         ({"vocab_size": True}, TypeError, "vocab_size must be an integer, got True"),
@@ -33,6 +33,8 @@ def test_a_config_keeps_its_own_layers():
         ({"layers": "attention"}, TypeError, "layers must be a list"),
         ({"layers": [{"n_heads": 2}]}, ValueError, r"layers\[0\] must be"),
         ({"layers": ["attention"]}, ValueError, r"layers\[0\] must be"),
+        ({"layers": [{"mixer": "mamba", "d_mlp": 0}]}, ValueError, r"layers\[0\].d_mlp must be positive, got 0"),
+        ({"residual_in_fp32": "yes"}, TypeError, "residual_in_fp32 must be true or false, got 'yes'"),
     ],
 )
 def test_bad_values(change, error, message):

@@ -19,6 +19,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+MAMBA2 = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_size": 16,
+    "conv_kernel": 4,
+}
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
     "llama biased, tied": lambda: transformers.LlamaConfig(
@@ -32,6 +41,23 @@ MODELS = {
     "gpt2 untied": lambda: transformers.GPT2Config(
         vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=24, n_inner=40, tie_word_embeddings=False
     ),
+    "mamba": lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "mamba biased, untied": lambda: transformers.MambaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=5,
+        conv_kernel=3,
+        time_step_rank=7,
+        expand=1,
+        use_bias=True,
+        use_conv_bias=False,
+        tie_word_embeddings=False,
+    ),
+    "mamba2": lambda: transformers.Mamba2Config(**MAMBA2, n_groups=1),
+    "mamba2 biased, grouped, tied": lambda: transformers.Mamba2Config(
+        **MAMBA2, n_groups=2, use_bias=True, use_conv_bias=False, tie_word_embeddings=True, chunk_size=8
+    ),
 }
 
 
@@ -39,7 +65,8 @@ def make(name, dtype=torch.float32):
     """A random model of transformers in `dtype`, with every number drawn, gains and biases too."""
     config = MODELS[name]()
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    config._attn_implementation = "sdpa"  # eager computes its softmax in float32, whatever the model's dtype
+    if "mamba" not in name:
+        config._attn_implementation = "sdpa"  # eager computes its softmax in float32, whatever the model's dtype
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,6 +132,8 @@ def exact(theirs):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_logits_and_gradients_are_those_of_transformers(tmp_path, name, dtype, bound):
+    if "mamba" in name and dtype == torch.float64:
+        pytest.skip("transformers runs Mamba's recurrence in float32, whatever the model's dtype")
     theirs = make(name, dtype)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
@@ -208,6 +237,59 @@ def test_the_checkpoint_of_gpt2_itself_has_no_prefix_and_holds_masks(tmp_path):
     torch.testing.assert_close(load_model(tmp_path)(x), theirs(input_ids=x).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_residual_stream_in_float32_is_kept(tmp_path, kind, wide):
+    """In bfloat16 the error is no larger than theirs, of which rounding the stream would be a large part."""
+    config = MODELS[kind]()
+    config.num_hidden_layers, config.residual_in_fp32 = 6, wide
+    theirs = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    theirs.save_pretrained(tmp_path)
+    ours, x = load_model(tmp_path), tokens(4, 30)
+    assert ours._embed(x, None).dtype == (torch.float32 if wide else torch.bfloat16)
+    with torch.no_grad():
+        got, expected, exact = ours(x), theirs(input_ids=x).logits, ours.double()(x)
+    assert got.dtype == torch.bfloat16
+    ulp = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (got - exact).square().mean().sqrt() <= 2 * (expected - exact).square().mean().sqrt() + ulp
+
+
+@pytest.mark.parametrize(("limits", "ours"), [((0.02, 0.5), [0.02, 0.5]), ((0.02, float("inf")), [0.02, None])])
+def test_limits_of_the_step_of_time(tmp_path, limits, ours):
+    config = transformers.Mamba2Config(**MAMBA2, n_groups=1, time_step_limit=limits)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    theirs.save_pretrained(tmp_path)
+    model, x = load_model(tmp_path), tokens(1, 20)
+    assert model.config.layers[0]["dt_limit"] == ours
+    torch.testing.assert_close(model(x), theirs(input_ids=x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_older_mamba_files_name_the_embedding_otherwise(tmp_path):
+    theirs = make("mamba")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name.replace("embeddings", "embedding"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    x = tokens(1, 7)
+    torch.testing.assert_close(load_model(tmp_path)(x), theirs(input_ids=x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_every_problem_with_a_mambas_tensors_is_listed_in_their_names(tmp_path):
+    make("mamba2").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["backbone.layers.1.mixer.A_log"]
+    tensors["backbone.layers.0.mixer.conv1d.weight"] = torch.zeros(96, 1, 3)
+    tensors["backbone.layers.0.mixer.in_proj.bias"] = torch.zeros(1)
+    save_file(tensors, path)
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    message = str(error.value)
+    assert "backbone.layers.0.mixer.conv1d.weight has shape (96, 1, 3) instead of (96, 1, 4)" in message
+    assert "missing: backbone.layers.1.mixer.A_log" in message
+    assert "unexpected: backbone.layers.0.mixer.in_proj.bias" in message
+
+
 def test_every_problem_with_the_tensors_is_listed_in_their_names(tmp_path):
     make("llama").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -239,6 +321,13 @@ def test_every_problem_with_the_tensors_is_listed_in_their_names(tmp_path):
         ("qwen2", "use_sliding_window", True),
         ("gpt2", "activation_function", "relu"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("mamba", "hidden_act", "gelu"),
+        ("mamba", "time_step_rank", 0),
+        ("mamba", "residual_in_fp32", "no"),
+        ("mamba2", "num_heads", 7),
+        ("mamba2", "n_groups", 3),
+        ("mamba2", "time_step_limit", 0.1),
+        ("mamba2", "time_step_limit", ["a", "b"]),
     ],
 )
 def test_what_the_model_has_not_is_refused_by_name(tmp_path, name, field, value):

@@ -8,6 +8,11 @@ LAYERS = [
     {"mixer": "attention", "n_heads": 4, "n_kv_heads": 2},
     {"mixer": "attention", "n_heads": 2, "window": [5, 0], "sinks": True},
 ]
+HYBRID = [
+    {"mixer": "mamba2", "d_state": 4, "head_dim": 8, "d_mlp": None},
+    {"mixer": "attention", "n_heads": 2},
+    {"mixer": "mamba", "d_state": 3, "d_mlp": 8},
+]
 
 
 def make(**changes):
@@ -16,8 +21,17 @@ def make(**changes):
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def model(request):
+    return busy(make(tie_embeddings=request.param))
+
+
+@pytest.fixture
+def hybrid():
+    return busy(make(layers=HYBRID))
+
+
+def busy(model):
     """A model whose layers do something: new ones are the identity."""
-    model = make(tie_embeddings=request.param).double()
+    model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -40,6 +54,31 @@ def test_all_forms_agree(model):
             for t in range(20, 30):
                 logits, state = model.step(tokens[:, t], state)
                 close(logits, expected[:, t])
+
+
+def test_all_forms_of_a_hybrid_agree(hybrid):
+    test_all_forms_agree(hybrid)
+    test_packed_is_one_by_one(hybrid)
+    states = [hybrid.prefill(torch.randint(19, (1, n)), hybrid.initial_state(1))[1] for n in (3, 9)]
+    assert ModelState.stack(states).nbytes > sum(state.layers[0].nbytes + state.layers[2].nbytes for state in states)
+
+
+def test_layers_have_the_mlp_that_they_name_or_the_models_or_none(hybrid):
+    widths = [None if layer.mlp is None else layer.mlp.out.in_features for layer in hybrid.layers]
+    assert widths == [None, 24, 8]
+    assert not any("mlp" in name for name in make(layers=LAYERS, d_mlp=None).state_dict())
+
+
+def test_a_residual_stream_is_as_wide_as_asked():
+    tokens = torch.randint(19, (2, 30))
+    seen = []
+    for wide in (True, False):
+        model = make(layers=HYBRID, residual_in_fp32=wide).bfloat16()
+        model.layers[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        assert model(tokens).dtype == torch.bfloat16
+        _, state = model.prefill(tokens, model.initial_state(2))
+        assert model.step(tokens[:, 0], state)[0].dtype == torch.bfloat16
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_packed_is_one_by_one(model):
@@ -87,6 +126,10 @@ def test_the_first_loss_is_that_of_the_uniform_distribution():
     tokens = torch.randint(257, (4, 65))
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     assert abs(loss - torch.tensor(257.0).log()) < 0.3
+
+
+def test_a_hybrid_compiles_as_one_graph(hybrid):
+    test_compiles_as_one_graph(hybrid)
 
 
 def test_compiles_as_one_graph(model):

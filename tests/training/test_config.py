@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from onchip.models import LanguageModel
 from onchip.training import PRESETS, TrainConfig
 
 
@@ -12,6 +13,16 @@ from onchip.training import PRESETS, TrainConfig
 def test_settings_come_back_from_json_as_they_were(name: str) -> None:
     config = PRESETS[name]
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_families_compare_at_one_size_and_budget() -> None:
+    families = [PRESETS[name] for name in ("attention", "mamba", "mamba2", "hybrid")]
+    assert PRESETS["attention"] == PRESETS["demo"]
+    assert len({(config.steps, config.batch, config.context) for config in families}) == 1
+    sizes = [LanguageModel(config.model).num_parameters for config in families]
+    assert max(sizes) <= 1.02 * min(sizes)
+    mixers = [{layer["mixer"] for layer in config.model.layers} for config in families]
+    assert mixers == [{"attention"}, {"mamba"}, {"mamba2"}, {"mamba2", "attention"}]
 
 
 @pytest.mark.parametrize(

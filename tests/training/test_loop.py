@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onchip.models import ModelConfig
 from onchip.training import Trainer
 from onchip.training.checkpoint import checkpoints
 from onchip.training.metrics import read_metrics
@@ -81,6 +82,27 @@ def test_a_killed_and_resumed_run_is_that_of_an_uninterrupted_one(trainer: MakeT
     assert weights(resumed) == weights(whole)
     assert lines(resumed) == lines(whole)
     assert trainer("killed").finished
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [{"mixer": "mamba", "d_state": 4}],
+        [{"mixer": "mamba2", "d_state": 8, "head_dim": 8}, {"mixer": "attention", "n_heads": 2, "d_mlp": 32}],
+    ],
+    ids=["mamba", "hybrid"],
+)
+def test_a_state_space_is_resumed_bit_for_bit_too(trainer: MakeTrainer, layers: list[dict[str, object]]) -> None:
+    model = ModelConfig(vocab_size=257, d_model=16, layers=layers, d_mlp=None)
+    whole = trainer("whole", model=model)
+    whole.train()
+    with pytest.raises(Killed):
+        trainer("killed", model=model).train(At(5, kill))
+    resumed = trainer("killed", model=model)
+    assert resumed.step == 4
+    resumed.train()
+    assert weights(resumed) == weights(whole)
+    assert lines(resumed) == lines(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from onchip.models import LanguageModel
+from onchip.nn.mixers import Mamba
 from onchip.training import TrainConfig
 from onchip.training.optimizer import adamw, learning_rate
 
@@ -47,3 +48,10 @@ def test_the_rate_grows_linearly_then_falls_to_zero(warmup: int, steps: int) -> 
     if fallen:
         assert fallen[0] == 2.0
         assert math.isclose(fallen[-1] + fallen[min(1, len(fallen) - 1)], 2.0, abs_tol=1e-12) or len(fallen) == 1
+
+
+def test_what_a_mixer_spares_does_not_decay() -> None:
+    mixer = Mamba(4)
+    decaying = {id(parameter) for parameter in adamw(mixer, 0.1).param_groups[0]["params"]}
+    names = {name for name, parameter in mixer.named_parameters() if id(parameter) in decaying}
+    assert names == {"in_proj.weight", "conv.weight", "x_proj.weight", "dt_proj.weight", "out.weight"}

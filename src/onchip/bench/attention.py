@@ -157,15 +157,15 @@ def measure(
         return dataclasses.replace(row, extra=extra)
     ceiling = ceiling_of(case, device)
     candidates = {name: Candidate(c.call, c.scope) for name, c in runners.items()} | {ceiling.name: ceiling.candidate}
-    with _threads(threads):
+    with threads_set(threads):
         times = interleave(candidates, device, seconds=seconds, min_rounds=min_rounds)
     amount = case.operations if ceiling.name == "mm" else case.cache_bytes
     work = amount / ceiling.work
     return dataclasses.replace(
         row,
         rounds=len(times["onchip"]),
-        ms={name: _rounded(quartiles([1e3 * t for t in values])) for name, values in times.items()},
-        ratio={name: _rounded(ratio(times[name], times["onchip"])) for name in list(runners)[1:]},
+        ms={name: rounded(quartiles([1e3 * t for t in values])) for name, values in times.items()},
+        ratio={name: rounded(ratio(times[name], times["onchip"])) for name in list(runners)[1:]},
         of=ceiling.name,
         fraction={name: _significant(work * ratio(times[ceiling.name], times[name]).median) for name in runners},
         rate=_rates({**dict.fromkeys(runners, amount), ceiling.name: ceiling.work}, times, ceiling.unit),
@@ -179,11 +179,7 @@ def check(case: Case, ours: Contender, peer: Contender) -> None:
         ArithmeticError: naming the tensor and both errors.
     """
     for error in errors(case, ours, peer):
-        found = f"{case.label}: {error.name} is off by {error.ours:.1e}, the peer's by {error.peer:.1e}"
-        if not error.peer <= 0.1 * error.largest:
-            raise ArithmeticError(f"{found}: the peer computes something else")
-        if not error.ours <= error.allowed:
-            raise ArithmeticError(found)
+        judge(case.label, error)
 
 
 class Error(NamedTuple):
@@ -199,6 +195,19 @@ class Error(NamedTuple):
     def allowed(self) -> float:
         """How far ours may be off."""
         return 2 * self.peer + 4 * self.eps * self.largest
+
+
+def judge(label: str, error: Error) -> None:
+    """Hold an error to the rule.
+
+    Raises:
+        ArithmeticError: naming the tensor and both errors.
+    """
+    found = f"{label}: {error.name} is off by {error.ours:.1e}, the peer's by {error.peer:.1e}"
+    if not error.peer <= 0.1 * error.largest:
+        raise ArithmeticError(f"{found}: the peer computes something else")
+    if not error.ours <= error.allowed:
+        raise ArithmeticError(found)
 
 
 def errors(case: Case, ours: Contender, peer: Contender) -> Iterator[Error]:
@@ -335,7 +344,8 @@ def _rates(work: Mapping[str, float], times: Mapping[str, list[float]], unit: fl
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_set(count: int) -> Iterator[None]:
+    """That many threads, and then as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -344,7 +354,8 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rounded(values: Quartiles) -> Quartiles:
+def rounded(values: Quartiles) -> Quartiles:
+    """As they are kept."""
     return Quartiles(*map(_significant, values))
 
 

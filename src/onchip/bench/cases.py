@@ -1,15 +1,18 @@
-"""What `onchip bench attention` measures: the cases, by suite, and how much work each is."""
+"""What `onchip bench` measures: the cases, by suite, and how much work each is."""
 
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Suite = Literal["forward", "backward", "bf16", "window", "decode", "memory", "overhead"]
+AttentionSuite = Literal["forward", "backward", "bf16", "window", "decode", "memory", "overhead"]
+ModelSuite = Literal["prefill", "step", "glue"]
+Suite = AttentionSuite | ModelSuite
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
-SUITES: tuple[Suite, ...] = get_args(Suite)
-GPU_SUITES: tuple[Suite, ...] = ("forward", "backward", "decode", "window", "memory")
+SUITES: tuple[AttentionSuite, ...] = get_args(AttentionSuite)
+MODEL_SUITES: tuple[ModelSuite, ...] = get_args(ModelSuite)
+GPU_SUITES: tuple[AttentionSuite, ...] = ("forward", "backward", "decode", "window", "memory")
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -17,6 +20,7 @@ WIDTH: dict[Device, int] = {"cpu": 512, "cuda": 2048}  # heads × head_dim of th
 TOKENS: dict[Device, int] = {"cpu": 1, "cuda": 16384}  # in all, as the papers have it: short sequences come in batches
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 QUICK_LENGTHS = (512, 1024)
+MODEL_LENGTHS = (128, 512, 2048, 4096)
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
@@ -75,7 +79,7 @@ class Case:
 
 
 def cases(
-    suite: Suite,
+    suite: AttentionSuite,
     *,
     dtypes: Sequence[Dtype] = (),
     lengths: Sequence[int] = (),
@@ -88,15 +92,15 @@ def cases(
     >>> [case.label for case in cases("forward", lengths=[512], head_dims=[64])]
     ['float32 T 512 H 8, D 64 full forward', 'float32 T 512 H 8, D 64 causal forward']
     """
-    default_dtypes: dict[Suite, Sequence[Dtype]] = {"bf16": ["bfloat16"], "decode": ["float32", "bfloat16"]}
-    default_dims: dict[Suite, Sequence[int]] = {"decode": [128], "memory": [64], "overhead": [64]}
+    default_dtypes: dict[AttentionSuite, Sequence[Dtype]] = {"bf16": ["bfloat16"], "decode": ["float32", "bfloat16"]}
+    default_dims: dict[AttentionSuite, Sequence[int]] = {"decode": [128], "memory": [64], "overhead": [64]}
     for dtype in dtypes or (["bfloat16"] if device == "cuda" else default_dtypes.get(suite, ["float32"])):
         for head_dim in head_dims or default_dims.get(suite, [64, 128]):
             for length in lengths or _default_lengths(suite, quick, device):
                 yield from _variants(suite, dtype, length, head_dim, device)
 
 
-def _default_lengths(suite: Suite, quick: bool, device: Device) -> Sequence[int]:
+def _default_lengths(suite: AttentionSuite, quick: bool, device: Device) -> Sequence[int]:
     match suite:
         case "bf16":  # SDPA needs 15 s for one pass over 4096 on two cores
             return QUICK_LENGTHS if quick else LENGTHS[:3]
@@ -112,7 +116,7 @@ def _default_lengths(suite: Suite, quick: bool, device: Device) -> Sequence[int]
             return QUICK_LENGTHS if quick else GPU_LENGTHS if device == "cuda" else LENGTHS
 
 
-def _variants(suite: Suite, dtype: Dtype, length: int, head_dim: int, device: Device) -> Iterator[Case]:
+def _variants(suite: AttentionSuite, dtype: Dtype, length: int, head_dim: int, device: Device) -> Iterator[Case]:
     heads, batch = max(1, WIDTH[device] // head_dim), max(1, TOKENS[device] // length)
     square = functools.partial(Case, suite, dtype, heads, heads, length, length, head_dim, batch=batch)
     if suite == "decode":
@@ -129,3 +133,18 @@ def _variants(suite: Suite, dtype: Dtype, length: int, head_dim: int, device: De
         for causal in (False, True):
             backward = suite == "backward"
             yield square(causal=causal, grad=backward or suite == "bf16", alone=backward and device == "cuda")
+
+
+def model_cases(
+    suite: ModelSuite, *, dtypes: Sequence[Dtype] = (), lengths: Sequence[int] = (), quick: bool = False
+) -> Iterator[Case]:
+    """One layer of SmolLM2-135M: what a forward pass over a prompt, or a step that sees as many keys, has 30 times.
+
+    >>> [case.label for case in model_cases("step", dtypes=["float32"], lengths=[512])]
+    ['float32 Tq 1, Tk 512 H 9/3, D 64 causal forward']
+    """
+    default_dtypes: list[Dtype] = ["float32"] if suite == "glue" else ["float32", "bfloat16"]
+    default_lengths = MODEL_LENGTHS[:1] if quick or suite == "glue" else MODEL_LENGTHS
+    for dtype in dtypes or default_dtypes:
+        for length in lengths or default_lengths:
+            yield Case(suite, dtype, 9, 3, length if suite == "prefill" else 1, length, 64, causal=True)

@@ -1,6 +1,7 @@
 """What a person sees while a benchmark runs, and when it is done."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
@@ -8,18 +9,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from onchip.bench.cases import Case
+from onchip.bench.operation_case import OperationCase
 from onchip.bench.rows import Row
 from onchip.bench.timing import Quartiles
 
 NAMES = {"sdpa": "SDPA", "sdpa_flash": "flash", "sdpa_math": "math", "flex": "flex", "onchip": "onchip",
-         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN"}  # fmt: skip
+         "sdpa_efficient": "efficient", "sdpa_cudnn": "cuDNN", "attention": "onchip.attention"}  # fmt: skip
 CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
 UNITS = {"mm": "TFLOP/s", "read": "GB/s", "copy": "GB/s"}
 
 console = Console()
+AnyCase = TypeVar("AnyCase", Case, OperationCase)
 
 
-def progress(plan: Sequence[Case], gpu: bool = False) -> Iterator[Case]:
+def progress(plan: Sequence[AnyCase], gpu: bool = False) -> Iterator[AnyCase]:
     """The cases one by one, with a bar and the time left. It is drawn between cases, never while one is timed."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
@@ -30,12 +33,12 @@ def progress(plan: Sequence[Case], gpu: bool = False) -> Iterator[Case]:
             bar.update(task, advance=_weight(case, gpu))
 
 
-def _weight(case: Case, gpu: bool) -> float:
+def _weight(case: Case | OperationCase, gpu: bool) -> float:
     """Short cases take the time they are given, long ones what five rounds need; on a GPU all are short."""
     return 1 if gpu else 1 + case.operations / 1e11
 
 
-def show(suite: str, rows: Sequence[Row]) -> None:
+def show(suite: str, rows: Sequence[Row], subject: str = "attention") -> None:
     """A table of one suite's rows."""
     if not rows:
         return
@@ -53,11 +56,11 @@ def show(suite: str, rows: Sequence[Row]) -> None:
     if rows[0].of:
         table.add_column(f"of {CEILINGS[rows[0].of]}", justify="right")
     for peer in peers:
-        table.add_column(NAMES[peer] if rows[0].extra else f"over {NAMES[peer]}", justify="right")
+        table.add_column(NAMES.get(peer, peer) if rows[0].extra else f"over {NAMES.get(peer, peer)}", justify="right")
     for row, *labels in zip(rows, *varying, strict=True):
         figures = _extra(row, peers) if row.extra else _times(row, peers)
         table.add_row(*labels, *figures)
-    console.print(f"[bold]attention, {suite}[/bold]: {', '.join(common)}", highlight=False)
+    console.print(f"[bold]{subject}, {suite}[/bold]: {', '.join(common)}", highlight=False)
     setting = (
         f"torch {machine.torch}, triton {machine.triton}, CUDA {machine.cuda}, driver {machine.driver}"
         if machine.gpu

@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from onchip._files import atomic_write
 from onchip.bench.cases import Case
 from onchip.bench.machine import Machine
+from onchip.bench.operation_case import OperationCase
 from onchip.bench.timing import Quartiles
 
 
@@ -15,7 +17,7 @@ from onchip.bench.timing import Quartiles
 class Row:
     """One case on one machine. `onchip` and its peers are the keys of the dictionaries."""
 
-    case: Case
+    case: Any  # a `Case` of attention, or an `OperationCase`
     machine: Machine
     date: str
     served_by: str  # the implementation behind onchip
@@ -32,7 +34,7 @@ class Row:
     )  # peak memory beyond inputs and outputs, as a fraction of them
 
     @property
-    def key(self) -> tuple[Case, int, str]:
+    def key(self) -> tuple[Any, int, str]:
         """What the row is about: a newer row with the same key replaces it."""
         return self.case, self.machine.threads, self.machine.malloc
 
@@ -44,11 +46,17 @@ class Row:
     def from_json(cls, line: str) -> "Row":
         """The row that `to_json` wrote."""
         fields = json.loads(line)
-        fields["case"] = Case(**fields["case"])
+        fields["case"] = _case(fields["case"])
         fields["machine"] = Machine(**fields["machine"])
         for name in ("ms", "ratio"):
             fields[name] = {key: Quartiles(*value) for key, value in fields.get(name, {}).items()}
         return cls(**fields)
+
+
+def _case(fields: dict[str, Any]) -> Case | OperationCase:
+    if "operation" not in fields:
+        return Case(**fields)
+    return OperationCase(**fields | {"sizes": tuple((name, size) for name, size in fields["sizes"])})
 
 
 def read(path: Path) -> list[Row]:

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import onchip
-from onchip.cli import errors
+from onchip.cli import bench_operations, errors
 from onchip.cli.bench import bench
 from onchip.cli.explain import explain
 from onchip.cli.generate import generate
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 for _command in (train, generate, show):
     app.command()(_command)
+bench_operations.add_to(bench)
 app.add_typer(bench)
 app.add_typer(explain)
 app.add_typer(tune)

@@ -1,6 +1,6 @@
 """`onchip explain`: which implementation would serve a call, and why not the others."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ def attention(
     window: Annotated[
         str | None, typer.Option(metavar="LEFT,RIGHT", help="How many keys to each side a query sees; - for all.")
     ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="A row has the same bits in a prefill and a step.")
+    ] = False,
     backend: Annotated[str | None, typer.Option(help="Ask for one implementation, as backend= does.")] = None,
 ) -> None:
     """Say which implementation of attention serves a call, and why not the others.
@@ -55,9 +58,8 @@ def attention(
         raise Failure(f"--device must be cpu, cuda or cuda:N, got {device!r}", exit_code=2) from None
     with FakeTensorMode():
         q, k, v = (torch.empty(x, dtype=getattr(torch, dtype), device=place) for x in (q_shape, k_shape, v_shape))
-    explanation = onchip.explain(
-        onchip.attention, q, k, v, causal=causal, window=reach("--window", window), backend=backend
-    )
+    mask: dict[str, Any] = {"causal": causal, "window": reach("--window", window)}
+    explanation = onchip.explain(onchip.attention, q, k, v, **mask, batch_invariant=batch_invariant, backend=backend)
     print(explanation)
     if explanation.chosen is None:
         raise typer.Exit(1)

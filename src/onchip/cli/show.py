@@ -32,11 +32,13 @@ def show(
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.", show_default=False)
     ] = None,
 ) -> None:
-    """Draw the mixing matrix of every layer and head of the model in DIR on a text, as one PNG.
+    """Draw the mixing matrices of every layer of the model in DIR on a text, as one PNG.
 
     A sequence mixer applies a T×T matrix to the sequence: row i says how much token i draws on each token before it.
     Look for diagonals (a head that looks a fixed distance back), columns (a token that many others read: a newline, a
-    bracket) and stripes that appear where the text repeats itself.
+    bracket) and stripes that appear where the text repeats itself. Of a state space each channel (Mamba) or head
+    (Mamba-2) has such a matrix, too: at most eight are drawn, from the one that looks back least to the one that looks
+    furthest.
 
     For example: `onchip show runs/demo --text "for i in range(10): print(i)"`
     """

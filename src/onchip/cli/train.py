@@ -20,9 +20,10 @@ def train(
         typer.Argument(metavar="CORPUS", help="Files, folders or quoted globs of text; any bytes are valid text."),
     ] = None,
     preset: Annotated[
-        Literal["tiny", "demo", "small"] | None,
+        Literal["tiny", "demo", "small", "attention", "mamba", "mamba2", "hybrid"] | None,
         typer.Option(
-            help="tiny: seconds. demo: about 5 minutes on two cores (a new run's default). small: half an hour."
+            help="tiny: seconds. demo: about 5 minutes on two cores (a new run's default). small: half an hour. "
+            "attention, mamba, mamba2, hybrid (Mamba-2 and some attention): demo's size and text, to compare."
         ),
     ] = None,
     model: Annotated[
@@ -61,6 +62,7 @@ def train(
     there and ends with exactly the weights of an uninterrupted run. A run with other settings is never overwritten.
 
         onchip train --preset demo --out demo
+        onchip train --preset mamba2 --out runs/mamba2
         onchip train ~/notes 'books/*.txt' --out runs/mine --steps 2000
         onchip train ~/notes --init-from SmolLM2-135M --out runs/tuned --steps 200
         torchrun --nproc-per-node 2 --no-python onchip train --preset small --out runs/two

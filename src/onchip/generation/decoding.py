@@ -27,7 +27,7 @@ class Decoding:
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         read = [model.prefill(torch.tensor([p], device=model.device), model.initial_state(1)) for p in place]
         self.logits = torch.cat([logits for logits, _ in read])
-        self.state = ModelState.stack([state for _, state in read])
+        self.state = ModelState.stack([state for _, state in read]).expendable()
         if len(place) < len(prompts):
             self.keep([place[tuple(prompt)] for prompt in prompts])
 

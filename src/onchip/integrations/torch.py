@@ -43,7 +43,8 @@ def scaled_dot_product_attention(
         value: `(…, Hk, S, Ev)`.
         attn_mask: broadcastable to `(…, H, L, S)`; boolean (True = attend) or floating (added), into which a gradient
             flows; or a `CausalBias` from `torch.nn.attention.bias`.
-        dropout_p: 0. Anything above raises.
+        dropout_p: the probability with which each attention probability is dropped. The seed is drawn from PyTorch's
+            default generator for the CPU, so that `torch.manual_seed` governs it; what is dropped differs from PyTorch.
         is_causal: query i sees keys j ≤ i: aligned top-left, where onchip's own `causal` is aligned bottom-right. With
             `attn_mask`, what both let through, as in PyTorch's CPU kernel.
         scale: by default 1/√E.
@@ -53,7 +54,7 @@ def scaled_dot_product_attention(
         `(…, H, L, Ev)`, a view of `(…, L, H, Ev)`. A row that sees nothing is zero, as in PyTorch's.
 
     Raises:
-        NotImplementedError: dropout or nested tensors.
+        NotImplementedError: nested tensors.
         ValueError, TypeError: shapes, dtypes and devices that do not fit.
 
     Numerics, cost and source are those of `onchip.attention`. Nothing is copied, unless several dimensions before the
@@ -65,10 +66,12 @@ def scaled_dot_product_attention(
     >>> torch.allclose(scaled_dot_product_attention(q, k, v), want, atol=1e-5)
     True
     """
-    if reason := _refusal(query, key, value, attn_mask, dropout_p):
+    if reason := _refusal(query, key, value, attn_mask):
         raise NotImplementedError(f"scaled_dot_product_attention: onchip cannot serve this call: {reason}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     batch, heads = _leading(query, key, value, enable_gqa)
     q, k, v = (_in_our_layout(x, batch, n) for x, n in zip((query, key, value), heads, strict=True))
     tq, tk = q.shape[1], k.shape[1]
@@ -84,7 +87,9 @@ def scaled_dot_product_attention(
         k, v = k[:, :tq], v[:, :tq]
         bias = None if bias is None else bias[..., :tq]
         window = (None, max(tq - tk, 0))
-    out = attention(q, k, v, causal=ends_together, window=window, scale=scale, bias=bias).transpose(1, 2)
+    p = dropout_p if dropout_p < 1.0 else 0.0
+    out = attention(q, k, v, causal=ends_together, window=window, scale=scale, bias=bias, dropout_p=p).transpose(1, 2)
+    out = out if dropout_p < 1.0 else 0.0 * out
     out = out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])
     return out.squeeze(0) if query.ndim == key.ndim == value.ndim == 2 else out
 
@@ -97,8 +102,8 @@ def sdpa_through_onchip(*, fallback: bool = False) -> AbstractContextManager[obj
     entered it. Within, every call of a function of PyTorch costs about a microsecond more of Python.
 
     Args:
-        fallback: let PyTorch run what onchip cannot serve, dropout and nested tensors, with a warning that says why;
-            by default that raises NotImplementedError.
+        fallback: let PyTorch run what onchip cannot serve, nested tensors, with a warning that says why; by default
+            that raises NotImplementedError.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
@@ -134,7 +139,7 @@ class _ThroughOnchip(TorchFunctionMode):
         is_causal: bool = False,
         **more: Any,
     ) -> Tensor:
-        if self.fallback and (reason := _refusal(query, key, value, attn_mask, dropout_p)):
+        if self.fallback and (reason := _refusal(query, key, value, attn_mask)):
             warnings.warn(f"scaled_dot_product_attention runs in PyTorch: {reason}", stacklevel=2)
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
@@ -149,12 +154,8 @@ def _with_attention(attend: Callable[..., Tensor]) -> Callable[..., Any]:
     return ours
 
 
-def _refusal(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> str | None:
+def _refusal(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
     """Why onchip cannot serve a call that PyTorch can, or None."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p > 0.0:
-        return f"dropout is not handed on to onchip, and dropout_p is {dropout_p}; call the model's eval(), or pass 0"
     if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value, attn_mask)):
         return "a tensor is nested; onchip.attention takes sequences of different lengths with cu_seqlens_q"
     return None

@@ -60,8 +60,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Langua
     """The model in `folder`, on `device`, in the dtype of the file.
 
     Reads what `save_model` wrote, and checkpoints of transformers (config.json and safetensors, in one file or in
-    several with an index) of the families Llama, Mistral, Qwen2 and GPT-2. The logits are those of transformers without
-    dropout, which is no part of a model here.
+    several with an index) of the families Llama, Mistral, Qwen2, GPT-2, Mamba and Mamba-2. The logits are those of
+    transformers without dropout, which is no part of a model here.
 
     Raises:
         FileNotFoundError: there is no such folder, or one of its files is missing.

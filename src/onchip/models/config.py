@@ -14,8 +14,8 @@ class ModelConfig:
         vocab_size: tokens that the model knows.
         d_model: features of the residual stream.
         layers: one entry per layer, `{"mixer": name, …}` with the arguments of that mixer (see `onchip.nn.mixers`).
-            Layers may differ.
-        d_mlp: hidden features of each layer's gated MLP.
+            Layers may differ, and have a "d_mlp" of their own.
+        d_mlp: hidden features of each layer's MLP; None for layers that are a mixer alone.
         tie_embeddings: whether the output projection is the embedding's matrix.
         norm_eps: added to the mean square in the norms.
         norm: "rms" (a gain) or "layer" (mean taken out; a gain and a bias).
@@ -23,6 +23,7 @@ class ModelConfig:
         mlp_bias: whether the projections of the MLPs have biases.
         positions: an embedding is learned for each of this many positions and added to the tokens', and no sequence may
             be longer; None for none, as a mixer brings its own.
+        residual_in_fp32: whether the residual stream is float32 where the weights are narrower.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -36,24 +37,19 @@ class ModelConfig:
     vocab_size: int
     d_model: int
     layers: Sequence[Mapping[str, Any]]
-    d_mlp: int
+    d_mlp: int | None
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     norm: Literal["rms", "layer"] = "rms"
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_bias: bool = False
     positions: int | None = None
+    residual_in_fp32: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "d_mlp", "positions"):
-            value = getattr(self, name)
-            if name == "positions" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("tie_embeddings", "mlp_bias"):
+            _check_size(name, getattr(self, name), nullable=name in ("d_mlp", "positions"))
+        for name in ("tie_embeddings", "mlp_bias", "residual_in_fp32"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, known in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu"))):
@@ -66,6 +62,7 @@ class ModelConfig:
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, Mapping) or "mixer" not in layer:
                 raise ValueError(f'layers[{i}] must be {{"mixer": name, …}}, got {layer!r}')
+            _check_size(f"layers[{i}].d_mlp", layer.get("d_mlp"), nullable=True)
         # As JSON has it (a tuple becomes a list), so that a config equals the one read back from its file.
         layers = tuple(json.loads(json.dumps(dict(layer))) for layer in self.layers)
         object.__setattr__(self, "layers", layers)
@@ -90,3 +87,12 @@ class ModelConfig:
         if missing := [name for name, required in known.items() if required and name not in values]:
             raise ValueError(f"a model config needs {', '.join(missing)}")
         return cls(**values)
+
+
+def _check_size(name: str, value: Any, *, nullable: bool) -> None:
+    if nullable and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")

@@ -1,14 +1,15 @@
 """Checkpoints as transformers writes them: for each family, its config in our terms and its tensors' names and layouts.
 
 A tensor of ours is one or several of theirs, one below the other. Each is as it is, transposed (GPT-2 keeps its weights
-as (in, out)), or has the rows of a rotary head in another order (theirs turns feature i with i + D/2, ours 2i with
-2i + 1).
+as (in, out)), has the rows of a rotary head in another order (theirs turns feature i with i + D/2, ours 2i with
+2i + 1), or an axis of 1 in the middle (the filters of a depthwise convolution).
 All of this moves numbers and computes none, so that a checkpoint read and written again is the same, bit for bit.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from onchip.models.config import ModelConfig
 
-Layout = Literal["plain", "transposed", "rotary"]
+Layout = Literal["plain", "transposed", "rotary", "depthwise"]
 
 
 class Part(NamedTuple):
@@ -39,49 +40,44 @@ class Family:
     """Tensors without a number that was learned, which some checkpoints hold."""
     prefix: str = ""
     """What precedes all names but the head's, and which some checkpoints leave out."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Names that older checkpoints have, and what they are called today."""
 
     def to_ours(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         """Their tensors, complete and of the right shapes, under our names and in our layouts."""
-        heads = _head_dim(config)
         return {
-            ours: torch.cat([_to_ours(tensors[part.name], part.layout, heads) for part in parts]).contiguous()
+            ours: torch.cat([_to_ours(tensors[part.name], part.layout, config) for part in parts]).contiguous()
             for ours, parts in self._names(config)
+            if parts[0].name in tensors
         }
 
     def to_theirs(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         """Our tensors under their names and in their layouts."""
-        heads = _head_dim(config)
         theirs = {}
         for ours, parts in self._names(config):
             if ours in tensors:
                 pieces = torch.split(tensors[ours], _rows(ours, len(tensors[ours]), config))
                 for part, piece in zip(parts, pieces, strict=True):
-                    theirs[part.name] = _to_theirs(piece, part.layout, heads).contiguous()
+                    theirs[part.name] = _to_theirs(piece, part.layout, config).contiguous()
         return theirs
 
     def canonical(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-        """The tensors of a checkpoint under their full names, without those that say nothing."""
+        """The tensors of a checkpoint under their full names of today, without those that say nothing."""
         if self.prefix and not any(name.startswith(self.prefix) for name in tensors):
             tensors = {name if name == _HEAD else self.prefix + name: tensor for name, tensor in tensors.items()}
-        kept = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(self.ignored, name)}
+        kept = {
+            self.renamed.get(name, name): tensor
+            for name, tensor in tensors.items()
+            if not re.fullmatch(self.ignored, name)
+        }
         embedding = kept.get(self.table["embedding.weight"][0].name)
         if config.tie_embeddings and _HEAD in kept and embedding is not None and torch.equal(kept[_HEAD], embedding):
             del kept[_HEAD]
         return kept
 
     def _names(self, config: ModelConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
-        """Our names, of the tensors that a model of this config has, with theirs."""
-        layer = config.layers[0]
-        absent = {
-            "head.weight": config.tie_embeddings,
-            "mixer.qkv.bias": not layer["bias"],
-            "mixer.out.bias": layer["bias"] is not True,
-            "mlp.gate_up.bias": not config.mlp_bias,
-            "mlp.out.bias": not config.mlp_bias,
-        }
+        """Our names, of which a model of this config may lack biases and the head, with theirs."""
         for ours, parts in self.table.items():
-            if absent.get(ours.removeprefix("layers.{i}."), False):
-                continue
             for i in range(len(config.layers) if "{i}" in ours else 1):
                 yield (
                     ours.replace("{i}", str(i)),
@@ -218,6 +214,66 @@ def _gpt2(fields: Fields) -> ModelConfig:
     )
 
 
+def _mamba(fields: Fields) -> ModelConfig:
+    rank = fields.get("time_step_rank", "auto")
+    return _mamba_like(
+        fields,
+        tied=True,
+        mixer="mamba",
+        dt_rank="auto" if rank == "auto" else fields.integer("time_step_rank"),
+        d_state=fields.integer("state_size", 16),
+    )
+
+
+def _mamba2(fields: Fields) -> ModelConfig:
+    d_model, expand = fields.integer("hidden_size"), fields.integer("expand", 2)
+    n_heads, head_dim = fields.integer("num_heads", 128), fields.integer("head_dim", 64)
+    if n_heads * head_dim != expand * d_model:
+        raise ValueError(
+            f"num_heads must be expand · hidden_size / head_dim = {expand * d_model / head_dim}, got {n_heads}"
+        )
+    return _mamba_like(
+        fields,
+        tied=False,
+        mixer="mamba2",
+        head_dim=head_dim,
+        n_groups=fields.integer("n_groups", 8),
+        d_state=fields.integer("state_size", 128),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        dt_limit=_dt_limit(fields),
+    )
+
+
+def _mamba_like(fields: Fields, *, tied: bool, **mixer: Any) -> ModelConfig:
+    fields.only("hidden_act", "silu", "swish", default="silu")
+    layer = {
+        **mixer,
+        "d_conv": fields.integer("conv_kernel", 4),
+        "expand": fields.integer("expand", 2),
+        "conv_bias": fields.boolean("use_conv_bias", True),
+        "bias": fields.boolean("use_bias", False),
+    }
+    return ModelConfig(
+        vocab_size=fields.integer("vocab_size"),
+        d_model=fields.integer("hidden_size"),
+        layers=[layer] * fields.integer("num_hidden_layers"),
+        d_mlp=None,
+        tie_embeddings=fields.boolean("tie_word_embeddings", tied),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        residual_in_fp32=fields.boolean("residual_in_fp32", True),
+    )
+
+
+def _dt_limit(fields: Fields) -> list[float | None] | None:
+    """The range of dt's step; None for theirs, which is that of every softplus. JSON has no infinity of its own."""
+    limits = fields.get("time_step_limit", [0.0, math.inf])
+    try:
+        low, high = (float(limit["__float__"] if isinstance(limit, Mapping) else limit) for limit in limits)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"time_step_limit must be a pair of numbers, got {limits!r}") from None
+    return None if (low, high) == (0.0, math.inf) else [low, None if high == math.inf else high]
+
+
 _HEAD = "lm_head.weight"
 _BLOCK = "model.layers.{i}."
 
@@ -269,12 +325,47 @@ GPT2: Table = {
     "head.weight": (Part(_HEAD),),
 }
 
+_MIXER = "backbone.layers.{i}.mixer."
+_MAMBA_LIKE: Table = {
+    "embedding.weight": (Part("backbone.embeddings.weight"),),
+    "layers.{i}.mixer_norm.weight": (Part("backbone.layers.{i}.norm.weight"),),
+    "layers.{i}.mixer.conv.weight": (Part(_MIXER + "conv1d.weight", "depthwise"),),
+    **{
+        f"layers.{{i}}.mixer.{ours}": (Part(_MIXER + theirs),)
+        for ours, theirs in {
+            "in_proj.weight": "in_proj.weight",
+            "in_proj.bias": "in_proj.bias",
+            "conv.bias": "conv1d.bias",
+            "A_log": "A_log",
+            "D": "D",
+            "out.weight": "out_proj.weight",
+            "out.bias": "out_proj.bias",
+        }.items()
+    },
+    "norm.weight": (Part("backbone.norm_f.weight"),),
+    "head.weight": (Part(_HEAD),),
+}
+MAMBA: Table = {
+    **_MAMBA_LIKE,
+    "layers.{i}.mixer.x_proj.weight": (Part(_MIXER + "x_proj.weight"),),
+    "layers.{i}.mixer.dt_proj.weight": (Part(_MIXER + "dt_proj.weight"),),
+    "layers.{i}.mixer.dt_bias": (Part(_MIXER + "dt_proj.bias"),),
+}
+MAMBA2: Table = {
+    **_MAMBA_LIKE,
+    "layers.{i}.mixer.dt_bias": (Part(_MIXER + "dt_bias"),),
+    "layers.{i}.mixer.norm.weight": (Part(_MIXER + "norm.weight"),),
+}
+
+_OLD_EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 _ROTARY_BUFFERS = r".*\.rotary_emb\.inv_freq"
 FAMILIES = {
     "llama": Family(_llama, LLAMA, _ROTARY_BUFFERS),
     "mistral": Family(_mistral, LLAMA, _ROTARY_BUFFERS),
     "qwen2": Family(_qwen2, LLAMA, _ROTARY_BUFFERS),
     "gpt2": Family(_gpt2, GPT2, r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", prefix="transformer."),
+    "mamba": Family(_mamba, MAMBA, "", renamed=_OLD_EMBEDDING),
+    "mamba2": Family(_mamba2, MAMBA2, "", renamed=_OLD_EMBEDDING),
 }
 
 
@@ -306,13 +397,17 @@ def _rows(ours: str, total: int, config: ModelConfig) -> list[int]:
     return [total // 2] * 2 if ".gate_up." in ours else [total]
 
 
-def _to_ours(tensor: Tensor, layout: Layout, head_dim: int) -> Tensor:
+def _to_ours(tensor: Tensor, layout: Layout, config: ModelConfig) -> Tensor:
     if layout == "rotary":
-        return tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
+        return tensor.reshape(-1, 2, _head_dim(config) // 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
+    if layout == "depthwise":
+        return tensor.squeeze(1)
     return tensor.T if layout == "transposed" else tensor
 
 
-def _to_theirs(tensor: Tensor, layout: Layout, head_dim: int) -> Tensor:
+def _to_theirs(tensor: Tensor, layout: Layout, config: ModelConfig) -> Tensor:
     if layout == "rotary":
-        return tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
+        return tensor.reshape(-1, _head_dim(config) // 2, 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
+    if layout == "depthwise":
+        return tensor.unsqueeze(1)
     return tensor.T if layout == "transposed" else tensor

@@ -1,6 +1,6 @@
-"""A language model: an embedding, residual layers of one mixer and one MLP each, and logits over the next token."""
+"""A language model: an embedding, residual layers of a mixer and perhaps an MLP, and logits over the next token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
@@ -30,6 +30,10 @@ class ModelState(State):
         """The same values, cut from the graph of gradients."""
         return type(self)(tuple(layer.detach() for layer in self.layers), self.seen)
 
+    def expendable(self) -> Self:
+        """The same state, and so those that follow it: a step without gradients may write the next in its place."""
+        return type(self)(tuple(layer.expendable() for layer in self.layers), self.seen)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
@@ -44,32 +48,38 @@ class ModelState(State):
 
 
 class Layer(nn.Module):
-    """A mixer along time and an MLP along features, each on the normalised residual stream and added to it."""
+    """A mixer along time, and an MLP along features unless it has none, on the normalised residual stream and added."""
 
-    def __init__(self, config: ModelConfig, mixer: dict[str, Any]) -> None:
+    def __init__(self, config: ModelConfig, options: dict[str, Any]) -> None:
         super().__init__()
+        d_mlp = options.pop("d_mlp", config.d_mlp)
         self.mixer_norm = _norm(config)
-        self.mixer = build_mixer(config.d_model, mixer)
-        self.mlp_norm = _norm(config)
-        mlp = GatedMLP if config.mlp == "swiglu" else MLP
-        self.mlp = mlp(config.d_model, config.d_mlp, bias=config.mlp_bias)
+        self.mixer = build_mixer(config.d_model, options)
+        self.mlp: GatedMLP | MLP | None = None
+        if d_mlp is not None:
+            self.mlp_norm = _norm(config)
+            self.mlp = (GatedMLP if config.mlp == "swiglu" else MLP)(config.d_model, d_mlp, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The parallel form."""
-        x = x + self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens)
-        return cast(Tensor, x + self.mlp(self.mlp_norm(x)))
+        return self._mix_features(x + self.mixer(self.normed(x), cu_seqlens=cu_seqlens))
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """The chunked form."""
-        y, state = self.mixer(self.mixer_norm(x), state)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        y, state = self.mixer(self.normed(x), state)
+        return self._mix_features(x + y), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """The recurrent form."""
-        y, state = self.mixer.step(self.mixer_norm(x), state)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        y, state = self.mixer.step(self.normed(x), state)
+        return self._mix_features(x + y), state
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the mixer reads of the residual stream."""
+        return _normed(self.mixer_norm, x)
+
+    def _mix_features(self, x: Tensor) -> Tensor:
+        return x if self.mlp is None else x + self.mlp(_normed(self.mlp_norm, x))
 
 
 class LanguageModel(nn.Module):
@@ -112,7 +122,8 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(embedding.weight, std=0.02)
         for layer in self._layers():
             nn.init.zeros_(layer.mixer.out.weight)
-            nn.init.zeros_(layer.mlp.out.weight)
+            if layer.mlp is not None:
+                nn.init.zeros_(layer.mlp.out.weight)
 
     @property
     def num_parameters(self) -> int:
@@ -170,13 +181,12 @@ class LanguageModel(nn.Module):
             states.append(layer_state)
         return self._logits(x), ModelState(tuple(states), None if state.seen is None else state.seen + 1)
 
-    def matrices(self, tokens: Tensor) -> list[Tensor]:
-        """The mixing matrices `(B, H, T, T)` of each layer on `tokens (B, T)`; memory quadratic in T."""
-        x, matrices = self._embed(tokens, self._places(tokens, None)), []
+    def matrices(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The mixing matrices `(B, H, T, T)` of each layer on `tokens (B, T)`, in turn; memory quadratic in T."""
+        x = self._embed(tokens, self._places(tokens, None))
         for layer in self._layers():
-            matrices.append(layer.mixer.matrix(layer.mixer_norm(x)))
+            yield layer.mixer.matrix(layer.normed(x))
             x = layer(x, None)
-        return matrices
 
     def _chunk(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         T, seen = tokens.shape[1], state.seen
@@ -197,6 +207,8 @@ class LanguageModel(nn.Module):
 
     def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         x = cast(Tensor, self.embedding(tokens))
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.positions is None or positions is None:
             return x
         limit = self.positions.num_embeddings
@@ -205,7 +217,7 @@ class LanguageModel(nn.Module):
         return x + cast(Tensor, self.positions(positions))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
+        return F.linear(_normed(self.norm, x), self.embedding.weight if self.head is None else self.head.weight)
 
     def _layers(self) -> Sequence[Layer]:
         return cast(Sequence[Layer], self.layers)
@@ -214,6 +226,11 @@ class LanguageModel(nn.Module):
 def _norm(config: ModelConfig) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm of the residual stream, which may be wider than the weights."""
+    return cast(Tensor, norm(x.to(norm.weight.dtype)))  # type: ignore[arg-type]
 
 
 def _layer(config: ModelConfig, index: int) -> Layer:

@@ -20,20 +20,24 @@ class Implementation:
 
     `devices` are the types of device it is made for, by default any; on those of `on_request` it runs only where
     `backend` asks for it. `limits` takes the op's tensors (q, k and v for attention), which are on such a device, and
-    says why this implementation cannot serve them, or None.
+    says why this implementation cannot serve them, or None. `batch_invariant`: whether it has that option.
     """
 
     name: str
     limits: Callable[..., str | None] = lambda *tensors: None
     devices: tuple[str, ...] | None = None
     on_request: tuple[str, ...] = ()
+    batch_invariant: bool = False
 
-    def refusal(self, *tensors: Tensor, requested: bool = True) -> str | None:
+    def refusal(self, *tensors: Tensor, requested: bool = True, batch_invariant: bool = False) -> str | None:
         """Why this implementation does not serve a call on these tensors, or None."""
         device = tensors[0].device
-        on_request = self.on_request if requested else ()
-        if self.devices is not None and device.type not in self.devices + on_request:
+        if self.devices is not None and not (
+            (kind := device.type) in self.devices or (requested and kind in self.on_request)
+        ):
             return f"it runs on {'GPUs' if 'cuda' in self.devices else 'CPUs'}, and the call's tensors are on {device}"
+        if batch_invariant and not self.batch_invariant:
+            return "batch_invariant=True: the order of its sums, which are PyTorch's, depends on the shapes"
         return self.limits(*tensors)
 
 
@@ -51,22 +55,33 @@ def register(function: Callable[..., Any], implementations: Sequence[Implementat
     _OPS[function] = _Op(implementations, tensors)
 
 
-def choose(op: str, implementations: Sequence[Implementation], backend: str | None, *tensors: Tensor) -> str:
+def choose(
+    op: str,
+    implementations: Sequence[Implementation],
+    backend: str | None,
+    *tensors: Tensor,
+    batch_invariant: bool = False,
+) -> str:
     """The name of the implementation that runs this call."""
     if backend is not None:
-        return _requested(op, implementations, backend, *tensors)
+        return _requested(op, implementations, backend, *tensors, batch_invariant=batch_invariant)
+    refusals = []
     for implementation in implementations:
-        if implementation.refusal(*tensors, requested=False) is None:
+        refusal = implementation.refusal(*tensors, requested=False, batch_invariant=batch_invariant)
+        if refusal is None:
             if implementation.name == "reference":
                 _warn_once(op, implementations, *tensors)
             return implementation.name
-    raise AssertionError(f"{op}: the reference refuses nothing")
+        refusals.append(f"{implementation.name}: {refusal}")
+    raise ValueError(f"{op}: no implementation can serve this call: {'; '.join(refusals)}")
 
 
-def _requested(op: str, implementations: Sequence[Implementation], backend: str, *tensors: Tensor) -> str:
+def _requested(
+    op: str, implementations: Sequence[Implementation], backend: str, *tensors: Tensor, batch_invariant: bool
+) -> str:
     for implementation in implementations:
         if implementation.name == backend:
-            refusal = implementation.refusal(*tensors)
+            refusal = implementation.refusal(*tensors, batch_invariant=batch_invariant)
             if refusal is None:
                 return backend
             raise ValueError(f"{op}: backend={backend!r} cannot serve this call: {refusal}")
@@ -134,7 +149,10 @@ def explain(op: Callable[..., Any], *args: Any, backend: str | None = None, **kw
         raise TypeError(f"op must be one of onchip's functions ({known}), got {op!r}")
     bound = inspect.signature(op).bind(*args, **kwargs).arguments
     implementations, count = _OPS[op]
-    tensors = list(bound.values())[:count]
-    candidates = tuple(Candidate(i.name, i.refusal(*tensors, requested=backend == i.name)) for i in implementations)
+    tensors, invariant = list(bound.values())[:count], bound.get("batch_invariant", False)
+    candidates = tuple(
+        Candidate(i.name, i.refusal(*tensors, requested=backend == i.name, batch_invariant=invariant))
+        for i in implementations
+    )
     serving = [c.name for c in candidates if c.refusal is None and backend in (None, c.name)]
     return Explanation(op.__name__, candidates, serving[0] if serving else None)

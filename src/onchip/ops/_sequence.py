@@ -36,10 +36,13 @@ def check_tensor(name: str, x: Tensor | None, shape: tuple[int | str, ...], like
         raise TypeError(f"{name} must have x's dtype {like.dtype}, got {x.dtype}")
     if x.device != like.device:
         raise TypeError(f"{name} must be on x's device {like.device}, got {x.device}")
-    fits = x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
-    if not fits:
+    if x.shape != shape and not _fits(shape, x):  # the first is quick, and decoding asks in every step
         shown = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name} must have shape ({shown}), got {tuple(x.shape)}")
+
+
+def _fits(shape: tuple[int | str, ...], x: Tensor) -> bool:
+    return x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
 
 
 def check_boundaries(cu_seqlens: Tensor, x: Tensor) -> None:
@@ -63,3 +66,13 @@ def boundaries(cu_seqlens: Tensor, rows: int) -> list[int]:
 def sequences(cu_seqlens: Tensor, rows: int) -> list[slice]:
     """Each sequence's rows."""
     return [slice(a, b) for a, b in pairwise(boundaries(cu_seqlens, rows))]
+
+
+def segment_sums(x: Tensor) -> Tensor:
+    """`(..., T)` to `(..., T, T)`: entry (i, j) is the sum over j < k ≤ i, and 0 for j > i.
+
+    Each is a sum of its own, over a mask: a difference of two running sums would have the error of the larger.
+    """
+    size = x.shape[-1]
+    after = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
+    return torch.where(after, x[..., :, None], 0).cumsum(-2)

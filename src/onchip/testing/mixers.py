@@ -63,11 +63,12 @@ def check_steps(factory: MixerFactory) -> None:
     x = _normal(2, LENGTH, mixer.d_model)
     expected = mixer(x)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        with mode():
-            y, state = _in_steps(mixer, x[:, :-2], mixer.initial_state(2))
-        with torch.no_grad():  # a state may leave the mode it was made in
-            tail, _ = _in_steps(mixer, x[:, -2:], state)
-        _assert_close(torch.cat([y, tail], dim=1), expected, f"steps under {mode.__name__}")
+        for state in (mixer.initial_state(2), mixer.initial_state(2).expendable()):
+            with mode():
+                y, state = _in_steps(mixer, x[:, :-2], state)
+            with torch.no_grad():  # a state may leave the mode it was made in
+                tail, _ = _in_steps(mixer, x[:, -2:], state)
+            _assert_close(torch.cat([y, tail], dim=1), expected, f"steps under {mode.__name__}")
 
 
 def check_causality(factory: MixerFactory) -> None:

@@ -98,6 +98,16 @@ def _paged_decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Lau
     return launches.attend(call, torch.empty_like(q), _float32(8, 32, 1))[:1]
 
 
+def _batch_invariant(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """The forward pass over 4096 causal queries of 16 heads, of which each joins its splits itself."""
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta(*[(1, 4096, 16, dim)] * 3, dtype=dtype)
+    settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (4096, 4096), architecture)
+    call = launches.Call(q, k, v, *settings, batch_invariant=True)
+    return launches.attend(call, torch.empty_like(q), _float32(1, 16, 4096))
+
+
 def _fp8(architecture: str, dim: int) -> list[Launch]:
     """Attention over 4096 causal queries of 16 heads that have been quantised."""
     from onchip.ops.attention.triton.launches import Call
@@ -114,6 +124,54 @@ def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
 
     (x,) = _meta((4096, 16, n), dtype=dtype)
     return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
+
+
+def _selective_scan(architecture: str, dtype: torch.dtype, states: int) -> list[Launch]:
+    """Both passes over two sequences of 2048 tokens of 1536 channels, with everything."""
+    from onchip.ops.selective_scan import triton as scan
+    from onchip.ops.selective_scan.arguments import Call
+
+    x, B = _meta((2, 2048, 1536), (2, 2048, 1, states), dtype=dtype)
+    A, D, state = _float32(1536, states), _float32(1536), _float32(2, 1536, states)
+    call = Call(x, x, A, B, B, D, x, D, state, None, True)
+    out, final_state, checkpoints = call.results(save=True)
+    grads = (x, x, x, state, state, state, state, state, state)
+    backward = scan.launch_backward(call, checkpoints, x, state, *grads)
+    return [scan.launch_forward(call, out, final_state, checkpoints), backward]
+
+
+def _causal_conv1d(architecture: str, dtype: torch.dtype, width: int) -> list[Launch]:
+    """All passes with SiLU over packed sequences of 4096 rows and 2048 channels, and a step of a batch of 8."""
+    from onchip.ops.causal_conv1d import triton as conv
+
+    x, weight, bias, state, x_t = _meta(
+        (4096, 2048), (2048, width), (2048,), (8, width - 1, 2048), (8, 2048), dtype=dtype
+    )
+    (starts,) = _meta((9,), dtype=torch.int32)
+    call, sums = conv.describe(x, weight, bias, state, starts), _float32(16, width + 1, 2048)
+    return [
+        conv.convolve(call, width, True, x),
+        conv.differentiate(call, width, True, x, x, sums),
+        conv.differentiate_state(call, width, True, x, state),
+        conv.move_on(x_t, state, weight, bias, True, x_t),
+    ]
+
+
+def _ssd(architecture: str, dtype: torch.dtype, dim: int, state_dim: int) -> list[Launch]:
+    """All passes over 4096 steps of 24 heads that share B and C, with all that is fused; and a step of decoding."""
+    from onchip.ops.ssd.call import Call
+    from onchip.ops.ssd.triton import launches
+
+    def call(time: int) -> Call:
+        x, z, B = _meta((1, time, 24, dim), (1, time, 24, dim), (1, time, 1, state_dim), dtype=dtype)
+        terms = _float32(24), z, _float32(24), _float32(1, 24, dim, state_dim)
+        return Call(x, _float32(1, time, 24), _float32(24), B, B, *terms, None, True, 0.0, float("inf"), None)
+
+    sequence, one, state = call(4096), call(1), _float32(1, 24, dim, state_dim)
+    plan, x = launches.Plan.of_backward(sequence), sequence.x
+    forward = launches.forward(launches.Plan.of(sequence), x, state)
+    backward = launches.backward(plan, x, state, sequence.gradients(), launches.Partial.of(plan))
+    return [*forward, *backward, launches.step(one, state, one.x)]
 
 
 def _meta(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -139,7 +197,13 @@ SPECIMENS = {
     "attention float32 64": Specimen(partial(_attention, dtype=torch.float32, dim=64), ("sm_80",)),
     "decoding bfloat16 128": Specimen(partial(_decoding, dtype=torch.bfloat16, dim=128)),
     "paged decoding bfloat16 128": Specimen(partial(_paged_decoding, dtype=torch.bfloat16, dim=128)),
+    "batch-invariant bfloat16 128": Specimen(
+        partial(_batch_invariant, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
+    ),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
+    "selective scan bfloat16 16": Specimen(partial(_selective_scan, dtype=torch.bfloat16, states=16)),
+    "causal_conv1d bfloat16 4": Specimen(partial(_causal_conv1d, dtype=torch.bfloat16, width=4)),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
+    "ssd bfloat16 64, state 128": Specimen(partial(_ssd, dtype=torch.bfloat16, dim=64, state_dim=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),
 }

@@ -11,19 +11,24 @@ from torch import nn
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the parameters of `model`; the learning rate is set anew before each step.
 
-    Weights decay only where they are matrices of a linear map: a norm's gain, a bias and a row of an embedding have a
-    scale of their own to find. β₂ is 0.95 instead of the paper's 0.999: a short run forgets its first gradients soon.
+    Weights decay only where they are matrices of a linear map: a norm's gain, a bias, a row of an embedding and what a
+    mixer names as `undecayed` have a scale of their own to find. β₂ is 0.95 instead of the paper's 0.999: a short run
+    forgets its first gradients soon.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), Algorithm 2.
 
     >>> [len(group["params"]) for group in adamw(nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 3)), 0.1).param_groups]
     [1, 2]
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    spared = {
+        id(module.get_parameter(name))
+        for module in model.modules()
+        for name in (("weight",) if isinstance(module, nn.Embedding) else getattr(module, "undecayed", ()))
+    }
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for parameter in model.parameters():
-        (keep if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
+        (keep if parameter.ndim < 2 or id(parameter) in spared else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
 

@@ -35,7 +35,7 @@ def finite(call: Cached) -> Cached:
 def test_opcheck(make, dtype, backend):
     call = finite(make(dtype))
     tensors = [call[n] for n in ("q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "cache_leftpad", "block_table")]
-    settings = (-1, 0, 0.5, call["softcap"] or 0.0, call["alibi_slopes"], call["sinks"], backend)
+    settings = (-1, 0, 0.5, call["softcap"] or 0.0, call["alibi_slopes"], call["sinks"], False, backend)
     arguments = (*tensors, *(call["rotary"] or (None, None)), True, *settings)
     torch.library.opcheck(torch.ops.onchip.attention_with_cache.default, arguments)
 

@@ -20,7 +20,8 @@ class MissingForm(TypeError):
 class State:
     """What a mixer carries from one token to the next: a typed container of tensors, one row per sequence.
 
-    A state is a value: using it leaves it as it was, so two continuations may start from the same state.
+    A state is a value: using it leaves it as it was, so two continuations may start from the same state. Who needs the
+    newest alone says so with `expendable`.
 
     A subclass is a frozen dataclass. Where all of its fields are tensors whose first dimension is the batch, it is
     complete; otherwise it overrides the methods here.
@@ -33,6 +34,10 @@ class State:
     def detach(self) -> Self:
         """The same values, cut from the graph of gradients (truncated back-propagation)."""
         return self._map(Tensor.detach)
+
+    def expendable(self) -> Self:
+        """The same state, and so those that follow it: a step without gradients may write the next in its place."""
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +88,8 @@ class Mixer(nn.Module, ABC, Generic[S]):
     """Whether output t depends on inputs up to t alone. Only then are there states."""
     out: nn.Linear
     """The last projection, back into the residual stream; a model starts with its weight at zero."""
+    undecayed: tuple[str, ...] = ()
+    """Names of its parameters that are matrices, but of no linear map: weight decay leaves them alone."""
 
     @overload
     def forward(self, x: Tensor, state: None = None, *, cu_seqlens: Tensor | None = None) -> Tensor: ...

@@ -25,8 +25,10 @@ def _triton_limits(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 IMPLEMENTATIONS = (
-    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
-    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
+    _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta"), batch_invariant=True),
+    _select.Implementation(
+        "triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on(), batch_invariant=True
+    ),
     _select.Implementation("reference"),
 )
 
@@ -48,6 +50,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: int | None = None,
     block_mask: BlockMask | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Exact softmax attention, in memory linear in the sequence length.
@@ -95,6 +98,8 @@ def attention(
         block_mask: a `BlockMask` of shape (Tq, Tk), for all or for each sequence and query head: queries see what it
             lets them see, and of that what the other masks do. Its tiles that nobody sees cost nothing. For packed
             sequences Tq and Tk are the longest lengths, and each sequence reads the top-left corner.
+        batch_invariant: a row of out and lse has the same bits whatever is computed with it: in a prefill, a chunk or a
+            step, packed or not, over a cache or not. See Numerics.
         backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
             the fastest that can. See `onchip.explain`.
 
@@ -108,12 +113,17 @@ def attention(
     Numerics: products and sums accumulate in float32 (float64 for float64). On a CPU probabilities are never rounded to
     a 16-bit type; on a GPU they are, before they meet v, as in FlashAttention, and float32 products there are exact
     unless PyTorch's own may use TF32. The same bits on every run, and a row's bits do not depend on the rest of the
-    batch; but on a GPU the longest of packed sequences decides for all whether keys are split (decoding).
-    Dropout acts after the softmax: lse is of all logits.
+    batch or on threads; but few queries (a decoding step) are summed in another order than many, and on a GPU the
+    longest of packed sequences decides for all which. With `batch_invariant` there is one order, by tiles and, on a
+    GPU, splits of fixed size from the first key on: the bits depend on the row's query, the keys and values it sees,
+    the settings and the machine alone (with dropout, on its place too). Gradients are as without; the reference
+    refuses it. Dropout acts after the softmax: lse is of all logits.
     Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal, times the density of a block mask), 2.5 times that backward
     (3.5 on a GPU, for sums without atomics); memory for the output and B·H·Tq log-sum-exps. Dropout runs Philox once
-    for four keys, backward again, and stores no mask. Differentiable in q, k, v, bias, alibi_slopes and sinks; twice
-    with `backend="reference"`.
+    for four keys, backward again, and stores no mask. `batch_invariant` costs nothing for many queries on a CPU; a
+    decoding step takes 2 to 3.5 times as long there, and its keys are not shared out to threads. On a GPU tiles are
+    smaller for it.
+    Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
     Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135, algorithms 1 and 4); Dao, FlashAttention-2 (arXiv 2307.08691);
@@ -142,6 +152,7 @@ def attention(
         dropout_p=dropout_p,
         seed=seed,
         block_mask=block_mask,
+        batch_invariant=batch_invariant,
         backend=backend,
     )[0]
 
@@ -163,6 +174,7 @@ def attention_with_lse(
     dropout_p: float = 0.0,
     seed: int | None = None,
     block_mask: BlockMask | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` together with its log-sum-exp, through which gradients flow too.
@@ -184,6 +196,7 @@ def attention_with_lse(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     left, right = checks.reach(causal, window)
+    checks.check_flag("batch_invariant", batch_invariant)
     checks.check_factors(scale, softcap)
     dropout_p, seed = checks.dropout(dropout_p, seed)
     if scale is None:
@@ -192,7 +205,8 @@ def attention_with_lse(
         checks.check_score_terms(q, k, bias, alibi_slopes, sinks, cu_seqlens_q)
     if block_mask is not None:
         checks.check_block_mask(q, k, block_mask, cu_seqlens_q)
-    if _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v) == "reference":
+    chosen = _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v, batch_invariant=batch_invariant)
+    if chosen == "reference":
         if cu_seqlens_q is not None and not torch.compiler.is_compiling():
             span = None if block_mask is None else block_mask.shape
             checks.check_lengths(q, k, bias, cu_seqlens_q, cast(Tensor, cu_seqlens_k), span)
@@ -216,8 +230,8 @@ def attention_with_lse(
     settings = (left, right, float(scale), float(softcap))
     optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, backend)
     if block_mask is not None:
-        return op.attention(q, k, v, *settings, *optional, block_mask.tensors, block_mask.shape)
-    return op.attention(q, k, v, *settings, *optional)
+        optional += (block_mask.tensors, block_mask.shape)  # type: ignore[assignment]
+    return op.attention(q, k, v, *settings, *optional, batch_invariant=batch_invariant)
 
 
 for _function in (attention, attention_with_lse):

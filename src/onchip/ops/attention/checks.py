@@ -28,8 +28,7 @@ _FAR = 1 << 48  # longer than any sequence, and positions may be added to it
 
 def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """The window's `(left, right)` as integers, -1 for unbounded."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
+    check_flag("causal", causal)
     if window is None:
         return (-1, 0) if causal else (-1, -1)
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -39,6 +38,12 @@ def reach(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[i
             raise ValueError(f"window's {name} must be None (unbounded) or an integer of at least 0, got {side!r}")
     left, right = (-1 if side is None else min(side, _FAR) for side in window)
     return left, 0 if causal else right
+
+
+def check_flag(name: str, x: object) -> None:
+    """A switch is no number and no tensor."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
 
 
 def check_factors(scale: float | None, softcap: float) -> None:
@@ -85,24 +90,24 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
         if x.ndim != rank:
             layout = "(total, heads, dim), as cu_seqlens_q is given" if packed else "(batch, time, heads, dim)"
             raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
+        if x is not q and (x.dtype != q.dtype or x.device != q.device):
             raise TypeError(
                 f"{name} must have q's dtype and device ({q.dtype}, {q.device}), got ({x.dtype}, {x.device})"
             )
-    heads, head_dim = q.shape[-2:]
-    if k.shape[-1] != head_dim:
+    # Unpacked once: a shape costs as much as ten comparisons, and these are the price of every small call.
+    (*rows, heads, head_dim), (*keys, key_dim), (*values, value_dim) = q.shape, k.shape, v.shape
+    if key_dim != head_dim:
         raise ValueError(f"k must have q's head dim {head_dim}, got shape {tuple(k.shape)}")
-    if k.shape[:-1] != v.shape[:-1]:
+    if keys != values:
         raise ValueError(
-            f"v must have k's batch, time and heads {tuple(k.shape[:-1])} before its head dim, "
-            f"got shape {tuple(v.shape)}"
+            f"v must have k's batch, time and heads {tuple(keys)} before its head dim, got shape {tuple(v.shape)}"
         )
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k must have q's batch size {q.shape[0]}, got shape {tuple(k.shape)}")
-    if head_dim == 0 or v.shape[-1] == 0:
-        raise ValueError(f"head dims must be at least 1, got {head_dim} for q and k, {v.shape[-1]} for v")
-    if heads == 0 or k.shape[-2] == 0 or heads % k.shape[-2] != 0:
-        raise ValueError(f"q's heads must be a multiple of k's, both at least 1, got {heads} and {k.shape[-2]}")
+    if not packed and keys[0] != rows[0]:
+        raise ValueError(f"k must have q's batch size {rows[0]}, got shape {tuple(k.shape)}")
+    if head_dim == 0 or value_dim == 0:
+        raise ValueError(f"head dims must be at least 1, got {head_dim} for q and k, {value_dim} for v")
+    if heads == 0 or keys[-1] == 0 or heads % keys[-1] != 0:
+        raise ValueError(f"q's heads must be a multiple of k's, both at least 1, got {heads} and {keys[-1]}")
     if packed:
         _check_boundaries(q, cu_seqlens_q, cu_seqlens_k)
 

@@ -21,7 +21,7 @@ def limits(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the native kernels cannot serve this call, or None."""
     if _native.missing is not None:
         return _native.missing
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+    if q.size(-1) > MAX_HEAD_DIM or v.size(-1) > MAX_HEAD_DIM:
         return f"head dims go to {MAX_HEAD_DIM}, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
     return None
 
@@ -43,12 +43,14 @@ def forward(
     seed: int = 0,
     block_mask: list[Tensor] | None = None,
     mask_shape: list[int] | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op on the CPU."""
     starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k, mask_shape)
     out, lse = output_like(q, k, v, cu_seqlens_q)
     tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
-    sizes, settings = _sizes(q, k, v, left, right, starts), (scale, softcap, dropout_p)
+    sizes, settings = (*_sizes(q, k, v, left, right, starts), batch_invariant), (scale, softcap, dropout_p)
     mask = None if block_mask is None else _mask(block_mask)
     _native.kernels.attention_forward(sizes, settings, seed, *starts, tensors, mask)
     return out, lse
@@ -103,7 +105,7 @@ def backward(
         describe_table(per_head[0]) if slopes_grad else None,
         describe_table(per_head[1]) if sinks_grad else None,
     )
-    sizes, settings = _sizes(q, k, v, left, right, starts), (scale, softcap, dropout_p)
+    sizes, settings = (*_sizes(q, k, v, left, right, starts), False), (scale, softcap, dropout_p)
     mask = None if block_mask is None else _mask(block_mask)
     _native.kernels.attention_backward(sizes, settings, seed, *starts, tensors, mask, gradients, bias_shape)
     if slopes_grad:
@@ -130,9 +132,9 @@ def _starts(
 def _sizes(
     q: Tensor, k: Tensor, v: Tensor, left: int, right: int, starts: tuple[list[int], list[int]]
 ) -> tuple[int, ...]:
-    packed = q.ndim == 3
-    batch, tq, tk = (len(starts[0]) - 1, 0, 0) if packed else (q.shape[0], q.shape[1], k.shape[1])
-    return (batch, tq, tk, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], left, right, torch.get_num_threads())
+    (*rows, heads, head_dim), (*_, tk, kv_heads, value_dim) = q.shape, v.shape
+    batch, tq = rows if len(rows) == 2 else (len(starts[0]) - 1, 0)  # packed, lengths come with the boundaries
+    return (batch, tq, tk, heads, kv_heads, head_dim, value_dim, left, right, torch.get_num_threads())
 
 
 def _mask(block_mask: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:

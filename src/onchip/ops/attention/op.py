@@ -25,7 +25,7 @@ _DEFAULTS = (None, None, None, None, None, 0.0, 0, None, None, None)
 
 library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, "
-    f"{_OPTIONAL}) -> (Tensor out, Tensor lse)"
+    f"{_OPTIONAL}, *, bool batch_invariant=False) -> (Tensor out, Tensor lse)"
 )
 library.define(  # type: ignore[no-untyped-call]
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
@@ -36,24 +36,27 @@ library.define(  # type: ignore[no-untyped-call]
 
 _attention = torch.ops.onchip.attention.default
 _attention_backward = torch.ops.onchip.attention_backward.default
-_ARGUMENTS = len(_attention._schema.arguments)
+_ARGUMENTS = sum(not argument.kwarg_only for argument in _attention._schema.arguments)
 _BACKEND = [argument.name for argument in _attention._schema.arguments].index("backend")
 
 
-def attention(*args: Any) -> tuple[Tensor, Tensor]:
+def attention(*args: Any, batch_invariant: bool) -> tuple[Tensor, Tensor]:
     """Call the op; arguments in the schema's order.
 
     Where nothing can require a gradient the autograd kernel is skipped: being Python, it would be a third of the price
-    of a decode step's call.
+    of a decode step's call. What is left out costs nothing.
     """
+    asked = {"batch_invariant": True} if batch_invariant else {}
     if torch.compiler.is_compiling():
-        return cast(tuple[Tensor, Tensor], _attention(*args))
-    if in_torch_func_grad():
-        return cast(tuple[Tensor, Tensor], _Attention.apply(*args))  # type: ignore[no-untyped-call]
-    if _needs_grad(args) or torch._C._are_functorch_transforms_active():
-        return cast(tuple[Tensor, Tensor], _attention(*args))
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
+    if torch._C._are_functorch_transforms_active():
+        if in_torch_func_grad():
+            return cast(tuple[Tensor, Tensor], _apply(asked, args))
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
+    if _needs_grad(args):
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
     with torch._C._AutoDispatchBelowAutograd():
-        return cast(tuple[Tensor, Tensor], _attention(*args))
+        return cast(tuple[Tensor, Tensor], _attention(*args, **asked))
 
 
 def _kernel(name: str, at: int) -> Callable[..., Any]:
@@ -95,6 +98,8 @@ def _(
     backend: str | None = None,
     block_mask: list[Tensor] | None = None,
     mask_shape: list[int] | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return output_like(q, k, v, cu_seqlens_q)
 
@@ -134,19 +139,18 @@ def _(
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
     """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return backward or forward_ad._current_level >= 0
+    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(*args: Any) -> Any:
+    def forward(asked: dict[str, bool], *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return _attention(*args)
+            return _attention(*args, **asked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend, block_mask, mask_shape = inputs
+        _, q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend, block_mask, mask_shape = inputs
         ctx.save_for_backward(*output, q, k, v, *optional, *(block_mask or ()))
         ctx.settings = (left, right, scale, softcap)
         ctx.more = (dropout_p, seed, backend)
@@ -158,8 +162,8 @@ class _Attention(torch.autograd.Function):
         out, lse, q, k, v, *optional = ctx.saved_tensors
         optional, block_mask = optional[:5], optional[5:] or None
         if grad_out is None and grad_lse is None:
-            return (None,) * _ARGUMENTS
-        needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[7:10]
+            return (None,) * (1 + _ARGUMENTS)
+        needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[8:11]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more, block_mask, ctx.mask_shape)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
@@ -167,15 +171,20 @@ class _Attention(torch.autograd.Function):
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
         else:
             grads = _attention_backward(*args, **asked)
-        wanted = (*ctx.needs_input_grad[:3], needs_bias, needs_slopes, needs_sinks)
+        wanted = (*ctx.needs_input_grad[1:4], needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return (*kept[:3], None, None, None, None, *kept[3:], *(None,) * 7)
+        return (None, *kept[:3], None, None, None, None, *kept[3:], *(None,) * 7)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         raise RuntimeError(
             "attention: the fused kernels have no forward-mode derivative; call with backend='reference' for one"
         )
+
+
+def _apply(asked: dict[str, bool], args: tuple[Any, ...]) -> Any:
+    """Of the op's arguments, of which the last may be missing: callers and the dispatcher leave out what is default."""
+    return _Attention.apply(asked, *args, *_DEFAULTS[len(args) - 7 :])  # type: ignore[no-untyped-call]
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -206,12 +215,11 @@ def _no_second_derivative() -> None:
 
 
 @torch.library.impl(library, "attention", "Autograd")
-def _attention_autograd(*args: Any) -> Any:
+def _attention_autograd(*args: Any, **asked: bool) -> Any:
     if _needs_grad(args):
-        # The dispatcher leaves defaulted arguments out; autograd.Function wants them all.
-        return _Attention.apply(*args, *_DEFAULTS[len(args) - 7 :])  # type: ignore[no-untyped-call]
+        return _apply(asked, args)
     with torch._C._AutoDispatchBelowAutograd():
-        return _attention(*args)
+        return _attention(*args, **asked)
 
 
 @torch.library.impl(library, "attention_backward", "Autograd")

@@ -6,13 +6,12 @@ from torch import Tensor
 
 def output_like(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Uninitialised `out` and `lse` for a call."""
-    *rows, heads, head_dim = q.shape
-    shape = (heads, *rows) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
+    *batch, time, heads, head_dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(shape) if q.dtype == dtype else q.new_empty(shape, dtype=dtype)
+    lse = q.new_empty((*batch, heads, time), dtype=dtype)
     if v.shape[-1] == head_dim and q.is_contiguous():
         return torch.empty_like(q), lse  # costs a third of new_empty, and this is the price of every small call
-    return q.new_empty((*rows, heads, v.shape[-1])), lse
+    return q.new_empty((*batch, time, heads, v.shape[-1])), lse
 
 
 def gradients_like(

@@ -30,6 +30,7 @@ def attention_with_cache(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Attention of new queries over a key–value cache, to which new keys may be appended; for inference.
@@ -66,6 +67,7 @@ def attention_with_cache(
         softcap: as in `onchip.attention`.
         alibi_slopes: as in `onchip.attention`.
         sinks: as in `onchip.attention`.
+        batch_invariant: as in `onchip.attention`, whose bits the same row then has there.
         backend: as in `onchip.attention`.
 
     Returns:
@@ -116,6 +118,7 @@ def attention_with_cache(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        batch_invariant=batch_invariant,
         backend=backend,
     )[0]
 
@@ -138,6 +141,7 @@ def attention_with_cache_and_lse(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_with_cache` together with its log-sum-exp.
@@ -159,15 +163,17 @@ def attention_with_cache_and_lse(
     if rotary is not None:
         checks.check_rotary(q, k, rotary, rotary_interleaved)
     left, right = attention_checks.reach(causal, window)
+    attention_checks.check_flag("batch_invariant", batch_invariant)
     attention_checks.check_factors(scale, softcap)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if alibi_slopes is not None or sinks is not None:
         attention_checks.check_score_terms(q, k_cache, None, alibi_slopes, sinks, None)
-    chosen = _select.choose("attention_with_cache", IMPLEMENTATIONS, backend, q, k_cache, v_cache)
+    tensors = (q, k_cache, v_cache)
+    chosen = _select.choose("attention_with_cache", IMPLEMENTATIONS, backend, *tensors, batch_invariant=batch_invariant)
     places = (cache_seqlens, cache_leftpad, block_table, *(rotary or (None, None)), rotary_interleaved)
-    settings = (left, right, float(scale), float(softcap), alibi_slopes, sinks)
-    return op.attention_with_cache(q, k_cache, v_cache, k, v, *places, *settings, chosen)
+    settings = (left, right, float(scale), float(softcap), alibi_slopes, sinks, batch_invariant)
+    return op.attention_with_cache(*tensors, k, v, *places, *settings, chosen)
 
 
 for _function in (attention_with_cache, attention_with_cache_and_lse):

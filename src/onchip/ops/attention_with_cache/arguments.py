@@ -25,6 +25,7 @@ class Call(NamedTuple):
     softcap: float
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    batch_invariant: bool
 
     @property
     def added(self) -> int:

@@ -45,32 +45,32 @@ def check_tensors(
             raise ValueError(f"{name} must have 4 dimensions {layout}, got shape {tuple(x.shape)}")
         if x.dtype != dtype or x.device != device:
             raise TypeError(f"{name} must have q's dtype and device ({dtype}, {device}), got ({x.dtype}, {x.device})")
-    _check_shapes(q, k_cache, v_cache)
+    _check_shapes(q, k_cache, v_cache, k, v)
+
+
+def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    # Unpacked once: a shape costs as much as ten comparisons, and these are the price of every small call.
+    (batch, _, heads, head_dim), (*places, key_dim), (*_, value_dim) = q.shape, k_cache.shape, v_cache.shape
+    if key_dim != head_dim:
+        raise ValueError(f"k_cache must have q's head dim {head_dim}, got shape {tuple(k_cache.shape)}")
+    if v_cache.shape != (*places, value_dim):
+        raise ValueError(
+            f"v_cache must have k_cache's shape {tuple(places)} before its head dim, got shape {tuple(v_cache.shape)}"
+        )
+    if head_dim == 0 or value_dim == 0:
+        raise ValueError(f"head dims must be at least 1, got {head_dim} for q and k, {value_dim} for v")
+    kv_heads = places[2]
+    if heads == 0 or kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"q's heads must be a multiple of k_cache's, both at least 1, got {heads} and {kv_heads}")
     if k is not None and v is not None:
-        for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-            want = (q.shape[0], k.shape[1], *cache.shape[2:])
+        added = k.size(1)
+        for name, x, dim in (("k", k, head_dim), ("v", v, value_dim)):
+            want = (batch, added, kv_heads, dim)
             if x.shape != want:
                 raise ValueError(
                     f"{name} must have q's batch size, as many keys as k, and {name}_cache's heads and head dim "
                     f"{want}, got shape {tuple(x.shape)}"
                 )
-
-
-def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    heads, head_dim = q.shape[2:]
-    if k_cache.shape[-1] != head_dim:
-        raise ValueError(f"k_cache must have q's head dim {head_dim}, got shape {tuple(k_cache.shape)}")
-    if k_cache.shape[:-1] != v_cache.shape[:-1]:
-        raise ValueError(
-            f"v_cache must have k_cache's shape {tuple(k_cache.shape[:-1])} before its head dim, "
-            f"got shape {tuple(v_cache.shape)}"
-        )
-    if head_dim == 0 or v_cache.shape[-1] == 0:
-        raise ValueError(f"head dims must be at least 1, got {head_dim} for q and k, {v_cache.shape[-1]} for v")
-    if heads == 0 or k_cache.shape[2] == 0 or heads % k_cache.shape[2] != 0:
-        raise ValueError(
-            f"q's heads must be a multiple of k_cache's, both at least 1, got {heads} and {k_cache.shape[2]}"
-        )
 
 
 def check_places(

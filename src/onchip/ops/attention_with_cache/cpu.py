@@ -17,7 +17,19 @@ def forward(call: Call, lengths: list[int], starts: list[int] | None) -> tuple[T
     tensors, _kept = describe_inputs(turned, k, v, out, lse, None, call.alibi_slopes, call.sinks)
     batch, tq, heads, head_dim = q.shape
     threads = torch.get_num_threads()
-    sizes = (batch, tq, 0, heads, k.shape[2], head_dim, v.shape[3], call.left, call.right, threads)
+    sizes = (
+        batch,
+        tq,
+        0,
+        heads,
+        k.shape[2],
+        head_dim,
+        v.shape[3],
+        call.left,
+        call.right,
+        threads,
+        call.batch_invariant,
+    )
     if starts is None:
         held = [0] * batch, [n + added for n in lengths] if added else lengths
     else:

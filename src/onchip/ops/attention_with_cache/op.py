@@ -17,7 +17,7 @@ library.define(  # type: ignore[no-untyped-call]
     "attention_with_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
     "Tensor cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, "
     "bool rotary_interleaved, int left, int right, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
-    "str backend) -> (Tensor out, Tensor lse)"
+    "bool batch_invariant, str backend) -> (Tensor out, Tensor lse)"
 )
 
 _attention_with_cache = torch.ops.onchip.attention_with_cache.default
@@ -72,7 +72,7 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *more: Any) -> tuple[Tensor, 
 
 @torch.library.impl(library, "attention_with_cache", "Autograd")
 def _without_gradient(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
         _refuse_gradients(args)
     with torch._C._AutoDispatchBelowAutograd():
         result = _attention_with_cache(*args)

@@ -60,4 +60,5 @@ def _cached(call: Call, q: Tensor, lengths: list[int] | None) -> CachedCall:
     ends = call.cache_seqlens + call.added
     lasting = (q.shape[1], longest), _triton.architecture(q.device)
     leftpad, table = call.cache_leftpad, call.block_table
-    return CachedCall(q, k, v, *settings, *lasting, ends=ends, starts=leftpad, table=table)
+    invariant = call.batch_invariant
+    return CachedCall(q, k, v, *settings, *lasting, batch_invariant=invariant, ends=ends, starts=leftpad, table=table)

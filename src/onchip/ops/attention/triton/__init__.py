@@ -19,9 +19,9 @@ from onchip.ops.attention.triton.launches import Call, Saved
 from onchip.ops.attention.triton.lengths import longest
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor]:
+def forward(*args: Any, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
     """The op in Triton."""
-    call = _call(*args)
+    call = _call(*args, batch_invariant=batch_invariant)
     out, lse = output_like(call.q, call.k, call.v, call.cu_seqlens_q)
     with _triton.on_device_of(call.q):
         for launch in launches.attend(call, out, lse):
@@ -76,6 +76,8 @@ def _call(
     seed: int = 0,
     block_mask: list[Tensor] | None = None,
     mask_shape: list[int] | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Call:
     """The op's arguments, of which the first are the op's own and the defaulted ones may be missing."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -85,7 +87,7 @@ def _call(
     q, k, v = along_time(q), along_time(k), along_time(v)
     settings = (left, right, scale, softcap, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     mask = None if block_mask is None or mask_shape is None else BlockMask.of_tensors(block_mask, mask_shape)
-    return Call(q, k, v, *settings, lengths, _triton.architecture(q.device), dropout_p, seed, mask)
+    return Call(q, k, v, *settings, lengths, _triton.architecture(q.device), dropout_p, seed, mask, batch_invariant)
 
 
 def _bias_gradient(call: Call, saved: Saved) -> Tensor:

@@ -41,10 +41,12 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOIN: tl.constexpr,
 ):
     """A program computes the output and the log-sum-exp of BLOCK_M rows.
 
     SPLIT: of `split_size` keys only, and into `out[split]` and `lse[split]`, in float32 and in units of log 2.
+    JOIN: without SPLIT, of all splits one after the other, joined as `combine` does: the same bits.
     """
     pid = tl.program_id(0)
     split, group, slot = pid % splits, pid // splits % groups, pid // splits // groups
@@ -56,16 +58,47 @@ def attend(
     time = place.q_start + rows.query
     first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
     seen = schedule.keys_seen(first, tl.minimum(last, place.tq - 1), place, window, F, BLOCK_N)
-    if SPLIT:
-        stop = tl.where(split == splits - 1, place.tk, split * split_size + split_size)  # however long it really is
-        seen = schedule.within(seen, split * split_size, stop)
-    entries = block_mask.list_of(mask, place, group, first, F)
-    start, whole, ragged, stop = block_mask.walk(mask, entries, seen, F)
-    given, kv_head = (k, v, sequences, mask, entries), group // F.shared
-
+    given, kv_head = (k, v, sequences, mask, block_mask.list_of(mask, place, group, first, F)), group // F.shared
     q_start = tiles.offsets(q, place.b, time, rows.head)
     q_tile = tiles.load(q, q_start, rows.inside, F.head_dim, F.head_width, True)
-    maximum, total = softmax.begin(terms.sinks, rows.head, split == 0, BLOCK_M)
+    if SPLIT or not JOIN:
+        if SPLIT:
+            stop = tl.where(split == splits - 1, place.tk, split * split_size + split_size)  # however long it really is
+            seen = schedule.within(seen, split * split_size, stop)
+        result, logarithm = _part(
+            seen, split == 0, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_M, BLOCK_N
+        )
+    else:
+        maximum, total = softmax.begin(None, rows.head, False, BLOCK_M)
+        VALUE_WIDTH: tl.constexpr = F.value_width
+        result = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
+        for begin in range(0, tl.maximum(seen[3], 1), split_size):
+            of_part = schedule.within(seen, begin, begin + split_size)
+            part, logarithm = _part(
+                of_part, begin == 0, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_M, BLOCK_N
+            )
+            maximum, total, result = softmax.join(maximum, total, result, logarithm, part)
+        share, logarithm = softmax.finish(maximum, total)
+        result *= share[:, None]
+
+    out_start, lse_start = tiles.offsets(out, place.b, time, rows.head), tiles.offsets(lse, place.b, time, rows.head)
+    if SPLIT:
+        out_start += split.to(tl.int64) * out.split
+        lse_start += split.to(tl.int64) * lse.split
+    else:
+        logarithm *= LN2
+    tiles.store(out, out_start, rows.inside, result, F.value_dim, F.value_width)
+    tl.store(lse.ptr + lse_start, logarithm, mask=rows.inside)
+
+
+@triton.jit
+def _part(
+    seen, is_first, q_tile, rows, given, terms, kv_head, place, window, factors,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The output over the keys `seen`, and the log-sum-exp in units of log 2; the sink is in the first part."""
+    start, whole, ragged, stop = block_mask.walk(given[3], given[4], seen, F)
+    maximum, total = softmax.begin(terms.sinks, rows.head, is_first, BLOCK_M)
     VALUE_WIDTH: tl.constexpr = F.value_width
     carry = (maximum, total, tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32))
     if F.left:
@@ -74,19 +107,11 @@ def attend(
         )
     carry = _keys(carry, whole, ragged, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_N, False)
     carry = _keys(carry, ragged, stop, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_N, True)
-
     maximum, total, weighted = carry
     share, logarithm = softmax.finish(maximum, total)
     if F.dropout:
         share *= factors.kept
-    out_start, lse_start = tiles.offsets(out, place.b, time, rows.head), tiles.offsets(lse, place.b, time, rows.head)
-    if SPLIT:
-        out_start += split.to(tl.int64) * out.split
-        lse_start += split.to(tl.int64) * lse.split
-    else:
-        logarithm *= LN2
-    tiles.store(out, out_start, rows.inside, weighted * share[:, None], F.value_dim, F.value_width)
-    tl.store(lse.ptr + lse_start, logarithm, mask=rows.inside)
+    return weighted * share[:, None], logarithm
 
 
 @triton.jit
@@ -134,8 +159,7 @@ def combine(parts, parts_lse, out, lse, rows, splits, heads, times, F: tl.conste
     for _ in range(splits):
         logarithm = tl.load(parts_lse.ptr + lse_start, mask=inside, other=-float("inf"))
         part = tiles.load(parts, part_start, inside, F.value_dim, F.value_width, True)
-        share, maximum, total, shrink = softmax.step(maximum, total, logarithm[:, None], 1.0)
-        weighted = weighted * shrink[:, None] + share * part
+        maximum, total, weighted = softmax.join(maximum, total, weighted, logarithm, part)
         part_start += parts.split
         lse_start += parts_lse.split
     share, logarithm = softmax.finish(maximum, total)

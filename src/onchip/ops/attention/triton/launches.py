@@ -53,6 +53,7 @@ class Call:
     dropout_p: float = 0.0
     seed: int = 0
     block_mask: BlockMask | None = None
+    batch_invariant: bool = False
 
     @property
     def heads(self) -> int:
@@ -124,7 +125,8 @@ class Call:
         features = self.features
         head_dim = max(features.head_dim, features.value_dim)
         terms = features.softcap or self.bias is not None or self.alibi_slopes is not None or features.block > 0
-        shape = blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms or features.dropout)
+        terms = terms or features.dropout or self.batch_invariant  # which takes a second accumulator
+        shape = blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms)
         if features.block > 0:
             shape = shape._replace(rows=min(shape.rows, features.block), keys=min(shape.keys, features.block))
         return shape
@@ -139,11 +141,15 @@ class Call:
 
 
 def attend(call: Call, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The forward pass. Few rows and many keys are shared out by keys: the parts are combined afterwards."""
+    """The forward pass. Few rows and many keys are shared out by keys: the parts are combined afterwards.
+
+    Where the call is batch-invariant all rows are made of such parts, combined where they arise if there are many rows,
+    and all tiles are of one shape.
+    """
     tq, tk = call.longest
-    rows = tq * call.features.group
-    shape = call.blocks("decode" if rows <= DECODE_ROWS else "forward")
-    splits = -(-tk // SPLIT_SIZE) if rows <= DECODE_ROWS else 1
+    few = tq * call.features.group <= DECODE_ROWS
+    shape = call.blocks("decode" if few and not call.batch_invariant else "forward")
+    splits = -(-tk // SPLIT_SIZE) if few else 1
     if splits <= 1:
         return [_attend(call, Rows.of(out), Rows.of_lse(lse), 1, shape)]
     parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -167,7 +173,7 @@ def _attend(call: Call, out: Rows | Parts, lse: Rows | Parts, splits: int, shape
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), out, lse, *call.terms, call.sequences,
         call.masks[0], slots, call.groups, *sizes, splits, SPLIT_SIZE,
-        factors, features, shape.rows, shape.keys, splits > 1,
+        factors, features, shape.rows, shape.keys, splits > 1, call.batch_invariant,
     )  # fmt: skip
     return Launch(attend_kernel, (all_slots * call.groups * splits,), arguments, shape.warps, shape.stages)
 

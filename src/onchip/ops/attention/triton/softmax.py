@@ -33,6 +33,13 @@ def step(maximum, total, s, factor):
 
 
 @triton.jit
+def join(maximum, total, weighted, logarithm, part):
+    """One more part of the keys: its log-sum-exp in units of log 2, and its output."""
+    share, maximum, total, shrink = step(maximum, total, logarithm[:, None], 1.0)
+    return maximum, total, weighted * shrink[:, None] + share * part
+
+
+@triton.jit
 def finish(maximum, total):
     """What the weighted sum of values is multiplied by, and the log-sum-exp in units of log 2."""
     empty = total == 0

@@ -1,0 +1,45 @@
+// One call to the causal convolution as the kernels see it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/tensor.hpp"
+
+namespace onchip::causal_conv1d {
+
+struct Sequence {
+    int64_t batch, start, length, index;  // the row of a state is `index`
+};
+
+// out[t] = act(bias + Σ_w weight[:, w] ∘ x[t - (width - 1) + w]), with inputs before the first from `state`.
+struct Problem {
+    std::vector<Sequence> sequences;
+    int64_t channels, width;
+    bool silu;
+    bool time_inner;  // x and out are contiguous along time, else along channels
+    Tensor x;         // (batch, time, channel)
+    Tensor weight;    // (channel, tap)
+    Tensor bias;      // (channel); optional
+    Tensor state;     // (sequence, width - 1, channel); optional
+    Tensor out;       // as x
+    int threads;
+};
+
+// Of the output, given, and of the rest, written.
+struct Gradients {
+    Tensor out;     // as x
+    Tensor x;       // as x
+    Tensor weight;  // (channel, tap)
+    Tensor bias;    // (channel); optional
+    Tensor state;   // as the state; optional
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+    void (*forward)(const Problem&);
+    void (*backward)(const Problem&, const Gradients&);
+    void (*step)(const Problem&, const Tensor& state, int64_t rows);
+};
+
+}  // namespace onchip::causal_conv1d

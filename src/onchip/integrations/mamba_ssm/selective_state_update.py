@@ -1,0 +1,130 @@
+"""mamba_ssm.ops.triton.selective_state_update: one token of Mamba or Mamba-2, the state updated in place."""
+
+import torch
+from torch import Tensor
+
+from onchip.ops import selective_scan_step, ssd_step
+
+__all__ = ["selective_state_update"]
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token; see `onchip.selective_scan_step` and, where a head has one decay, `onchip.ssd_step`.
+
+    Args:
+        state: `(batch, dim, d_state)`, or `(batch, heads, dim, d_state)` with heads in all that follows; updated in
+            place. With `state_batch_indices` it may have another batch.
+        x: `(batch, dim)`.
+        dt: as x.
+        A: `(dim, d_state)`.
+        B: `(batch, d_state)`, or `(batch, groups, d_state)`.
+        C: as B.
+        D: `(dim,)`.
+        z: as x: the gate.
+        dt_bias: `(dim,)`.
+        dt_softplus: take the softplus of dt + dt_bias.
+        state_batch_indices: `(batch,)` integers: which row of `state` is whose; none twice.
+
+    Returns:
+        `(batch, dim)`, or `(batch, heads, dim)`, in x's dtype. Gradients flow where they are recorded, through the
+        state too; then the step works on a copy of it.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    Where A, dt and dt_bias are one number per head, expanded (strides of 0), as Mamba-2 has them, a head's decay is
+    computed once.
+
+    >>> import torch
+    >>> state, x, dt = torch.zeros(2, 8, 4), torch.randn(2, 8), torch.rand(2, 8)
+    >>> selective_state_update(state, x, dt, -torch.rand(8, 4), torch.randn(2, 4), torch.randn(2, 4)).shape
+    torch.Size([2, 8])
+    >>> bool(state.any())
+    True
+    """
+    rows = state if state_batch_indices is None else state[state_batch_indices.long()]
+    given = (x, rows, dt, A, B, C, D, z, dt_bias)
+    recorded = torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in given)
+    if recorded or not rows.is_contiguous():
+        rows = rows.clone(
+            memory_format=torch.contiguous_format
+        )  # autograd must not save the state, which changes below
+    B, C = (u if u.ndim == 3 else u[:, None] for u in (B, C))
+    step = _mamba2_step if state.ndim == 4 and _one_decay_per_head(dt, A, dt_bias) else _mamba_step
+    y, new = step(rows, x, dt, A, B, C, D, z, dt_bias, dt_softplus, in_place=not recorded)
+    if state_batch_indices is not None:
+        state[state_batch_indices.long()] = new.to(state.dtype)
+    elif new is not state:
+        state.copy_(new)
+    return y
+
+
+def _mamba2_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """`(batch, heads, dim)` with one decay per head."""
+    dt_bias = None if dt_bias is None else dt_bias[..., 0]
+    out_state = state if in_place else None
+    return ssd_step(
+        x, state, dt[..., 0], A[:, 0, 0], B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, out_state=out_state
+    )
+
+
+def _mamba_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """`(batch, dim)`; heads, if there are any, one after the other, which keeps each in its group of B and C."""
+    channels = state.view(state.shape[0], -1, state.shape[-1])
+    x_t, dt_t = x.flatten(1), dt.flatten(1)
+    D, dt_bias = (None if u is None else u.flatten() for u in (D, dt_bias))
+    y, new = selective_scan_step(
+        x_t,
+        channels,
+        dt_t,
+        A.reshape(channels.shape[1:]),
+        B,
+        C,
+        D=D,
+        z=None if z is None else z.flatten(1),
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        out_state=channels if in_place else None,
+    )
+    return y.view(x.shape), state if in_place else new.view(state.shape)
+
+
+def _one_decay_per_head(dt: Tensor, A: Tensor, dt_bias: Tensor | None) -> bool:
+    expanded = A.stride()[-2:] == (0, 0) and dt.stride(-1) == 0
+    return expanded and (dt_bias is None or dt_bias.stride(-1) == 0)
