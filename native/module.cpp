@@ -91,6 +91,18 @@ using Sizes = std::array<int64_t, 11>;
 // (scale, softcap, dropout)
 using Settings = std::array<double, 3>;
 
+// (block, sequences, heads, tiles of queries, tiles of keys), and the addresses of the lists by query, by key, and bits.
+using Mask = std::optional<std::pair<std::array<int64_t, 5>, std::array<int64_t, 5>>>;
+
+attention::BlockMask block_mask(const Mask& mask) {
+    if (!mask) return {};
+    const auto& [n, at] = *mask;
+    const auto list = [](int64_t starts, int64_t entries, int64_t tiles) {
+        return attention::TileLists{reinterpret_cast<const int32_t*>(starts), reinterpret_cast<const int32_t*>(entries), tiles};
+    };
+    return {n[0], n[1], n[2], list(at[0], at[1], n[3]), list(at[2], at[3], n[4]), reinterpret_cast<const uint32_t*>(at[4])};
+}
+
 attention::Problem problem(const Sizes& n, const Settings& settings, uint64_t seed, const std::vector<int64_t>& starts_q,
                            const std::vector<int64_t>& starts_k, const std::array<std::optional<Described>, 8>& tensors) {
     attention::Problem p;
@@ -123,16 +135,18 @@ attention::Problem problem(const Sizes& n, const Settings& settings, uint64_t se
 using Tensors = std::array<std::optional<Described>, 8>;
 
 void attention_forward(const Sizes& sizes, const Settings& settings, uint64_t seed, const std::vector<int64_t>& starts_q,
-                       const std::vector<int64_t>& starts_k, const Tensors& tensors) {
-    const attention::Problem p = problem(sizes, settings, seed, starts_q, starts_k, tensors);
+                       const std::vector<int64_t>& starts_k, const Tensors& tensors, const Mask& mask) {
+    attention::Problem p = problem(sizes, settings, seed, starts_q, starts_k, tensors);
+    p.mask = block_mask(mask);
     nb::gil_scoped_release release;
     chosen.attention.forward(p);
 }
 
 void attention_backward(const Sizes& sizes, const Settings& settings, uint64_t seed, const std::vector<int64_t>& starts_q,
-                        const std::vector<int64_t>& starts_k, const Tensors& tensors, const Tensors& gradients,
-                        const std::array<int64_t, 4>& bias_shape) {
-    const attention::Problem p = problem(sizes, settings, seed, starts_q, starts_k, tensors);
+                        const std::vector<int64_t>& starts_k, const Tensors& tensors, const Mask& mask,
+                        const Tensors& gradients, const std::array<int64_t, 4>& bias_shape) {
+    attention::Problem p = problem(sizes, settings, seed, starts_q, starts_k, tensors);
+    p.mask = block_mask(mask);
     attention::Gradients g{tensor(gradients[0]), tensor(gradients[1]), tensor(gradients[2]), tensor(gradients[3]),
                            tensor(gradients[4]), tensor(gradients[5]), {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]},
                            tensor(gradients[6]), tensor(gradients[7])};
@@ -259,6 +273,13 @@ void selective_scan_backward(const ScanSizes& sizes, const std::vector<int64_t>&
     chosen.selective_scan.backward(p, g);
 }
 
+// The first size is the number of rows, and the second 1: the tensors have no time.
+void selective_scan_step(const ScanSizes& sizes, const ScanTensors& tensors) {
+    const selective_scan::Problem p = scan_problem(sizes, {}, tensors);
+    nb::gil_scoped_release release;
+    chosen.selective_scan.step(p);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -276,6 +297,7 @@ NB_MODULE(_native, m) {
     m.def("hadamard_transform", hadamard_transform);
     m.def("selective_scan_forward", selective_scan_forward);
     m.def("selective_scan_backward", selective_scan_backward);
+    m.def("selective_scan_step", selective_scan_step);
     m.def("selective_scan_blocks", [](int64_t channels, int64_t groups, bool wide) {
         return chosen.selective_scan.blocks(channels, groups, wide);
     });

@@ -7,6 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 
 from onchip.bench.timing import Quartiles
 
@@ -26,6 +27,26 @@ def flashattention2():
 @pytest.fixture(scope="module")
 def flashattention3():
     yield from loaded("flashattention3")
+
+
+@pytest.fixture(scope="module")
+def block_sparse():
+    yield from loaded("block_sparse")
+
+
+@pytest.fixture(scope="module")
+def hippo():
+    yield from loaded("hippo")
+
+
+@pytest.fixture(scope="module")
+def lssl():
+    yield from loaded("lssl")
+
+
+@pytest.fixture(scope="module")
+def s4():
+    yield from loaded("s4")
 
 
 def loaded(name):
@@ -136,3 +157,119 @@ def test_cases_are_those_of_flashattention2(flashattention2, device):
     assert backward.operations == 2.5 * full.operations and backward.alone
     if device == "cuda":
         assert full.batch * full.q_len == 16384 and full.heads * full.head_dim == 2048 and full.dtype == "bfloat16"
+
+
+@pytest.mark.slow
+def test_block_sparse_runs(tmp_path):
+    script = [sys.executable, str(REPRODUCTIONS / "block_sparse.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    verdicts = re.findall("PASS|FAIL", run.stdout)
+    assert len(verdicts) == 3, run.stderr
+    assert run.returncode == ("FAIL" in verdicts)
+    assert verdicts[0] == "PASS"  # exactness; the sequence is too short here for the others to say much
+    assert (tmp_path / "block_sparse.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cost, holds", [(0.29, True), (0.31, False)])
+def test_time_is_judged_by_the_density(block_sparse, cost, holds):
+    costs = {name: Quartiles(cost, cost, cost) for name in block_sparse.PASSES}
+    cheap = {name: Quartiles(0.5, 0.5, 0.5) for name in block_sparse.PASSES}
+    points = [block_sparse.Point("random", 0.75, cheap), block_sparse.Point("butterfly", 0.25, costs)]
+    for name in block_sparse.PASSES:
+        assert block_sparse.proportional(points, name).holds is holds
+
+
+def test_errors_under_a_mask_are_judged_against_standard_attentions(block_sparse):
+    assert block_sparse.exact({"butterfly": (2e-6, 1e-6), "random": (1e-6, 1e-6)}).holds
+    assert not block_sparse.exact({"butterfly": (2.6e-6, 1e-6), "random": (1e-6, 1e-6)}).holds
+
+
+def test_the_masks_have_the_densities_they_say(block_sparse):
+    found = block_sparse.masks(2048)
+    for density in block_sparse.DENSITIES:
+        assert found[f"random {density:.2f}"].density == density
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, claims, exact", [("hippo", 4, [1]), ("lssl", 5, [0, 1]), ("s4", 4, [0, 1])])
+def test_state_space_reproductions_run(name, claims, exact, tmp_path):
+    if name != "hippo":
+        pytest.importorskip("sklearn")
+    script = [sys.executable, str(REPRODUCTIONS / f"{name}.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    verdicts = re.findall("PASS|FAIL", run.stdout)  # one epoch on digits and short contexts say little
+    assert len(verdicts) == claims, run.stderr
+    assert run.returncode == ("FAIL" in verdicts)
+    assert all(verdicts[i] == "PASS" for i in exact)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_say_which_extra_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    (digits,) = loaded("digits")
+    with pytest.raises(SystemExit, match=r"pip install 'onchip\[reproductions\]'"):
+        digits.load()
+
+
+def test_digits_are_split_once_and_for_all():
+    pytest.importorskip("sklearn")
+    (digits,) = loaded("digits")
+    train, test = digits.load()
+    assert train.x.shape == (1437, 64, 1) and test.x.shape == (360, 64, 1)
+    assert train.x.min() == -1 and train.x.max() == 1 and set(test.y.tolist()) == set(range(10))
+    assert (digits.load()[1].x == test.x).all()
+
+
+def steps(s4, times, speedups):
+    s4_times, attention = zip(*times, strict=True)
+    return s4.Steps((1024, 131072), s4_times, attention, [Quartiles(x, x, x) for x in speedups])
+
+
+@pytest.mark.parametrize(
+    "times, speedups, holds",
+    [([(1, 2), (1.2, 70)], [2, 60], True), ([(1, 2), (1, 50)], [2, 59], False), ([(1, 2), (3, 200)], [2, 67], False)],
+)
+def test_generation_is_judged_by_its_growth(s4, times, speedups, holds):
+    assert s4.generation(steps(s4, times, speedups)).holds is holds
+
+
+@pytest.mark.parametrize("learned, none, holds", [(0.97, 0.3, True), (0.85, 0.3, False), (0.97, 0.7, False)])
+def test_digits_are_judged_next_to_no_memory(s4, lssl, learned, none, holds):
+    assert s4.classification({"S4": [0.1, learned], "without memory": [none]}).holds is holds
+    assert lssl.classification({"LSSL": [0.1, learned], "without memory": [none]}).holds is holds
+
+
+@pytest.mark.parametrize("at_random, holds", [(0.7, True), (0.86, False)])
+def test_a_random_matrix_is_judged_by_its_errors(lssl, at_random, holds):
+    assert lssl.structure({"LSSL": [0.9], "random A": [at_random]}).holds is holds
+
+
+def test_continuity_is_of_second_order(lssl):
+    heard = {samples: lssl.response(samples) for samples in (128, 256, 512, 1024)}
+    assert lssl.continuity(heard).holds
+    assert not lssl.continuity(heard | {512: 1.01 * heard[512]}).holds
+
+
+@pytest.mark.parametrize(
+    "scales, holds",
+    [({1: 0.08, 2: 0.04, 4: 0.02}, True), ({1: 0.08, 2: 0.07, 4: 0.02}, False), ({1: 0.8, 2: 0.4, 4: 0.2}, False)],
+)
+def test_equivariance_is_judged_by_convergence(hippo, scales, holds):
+    assert hippo.equivariance(scales).holds is holds
+
+
+@pytest.mark.parametrize("exponent, holds", [(-1, True), (-0.6, False), (-1.5, False)])
+def test_gradients_are_judged_by_their_exponent(hippo, exponent, holds):
+    t = torch.arange(1, 1001, dtype=torch.float64)
+    assert hippo.gradients(t**exponent).holds is holds
+
+
+def test_reconstruction_must_get_better_and_good(hippo):
+    signal = torch.randn(50)
+    for errors, holds in (
+        ((0.5, 0.2, 0.1, 0.01), True),
+        ((0.5, 0.2, 0.1, 0.05), False),
+        ((0.1, 0.2, 0.1, 0.01), False),
+    ):
+        heard = {N: (1 + error) * signal for N, error in zip(hippo.ORDERS, errors, strict=True)}
+        assert hippo.reconstruction(hippo.Memories(signal, signal, heard, signal)).holds is holds

@@ -4,7 +4,7 @@
 //     S = Q Kᵀ;  P = exp2(S - lse);  dP = dO Vᵀ;  dS = P ∘ (dP - δ),  δ = Σ dO·O - dlse
 //     dV += Pᵀ dO;  dK += dSᵀ Q;  dQ += dS K
 // dK and dV belong to the unit. dQ is summed over units, in the order of the keys: a block of rows has a turn, and a
-// unit waits until the tile before it is done with the block. Blocks run from last to first, so that under a causal
+// unit waits until the tile before it that the block sees is done with it. Blocks run from last to first, so that under a causal
 // mask a unit follows its predecessor at a distance instead of meeting it at the diagonal. The order of every sum is
 // then fixed, whatever the number of threads, and dQ needs one accumulator for each (sequence, key head) in flight,
 // kept in one of a few slots.
@@ -63,7 +63,10 @@ public:
         std::fill(grad_v_, grad_v_ + tile_.keys * tile_.o_pitch, T(0));
         double* const slopes = head.slopes == nullptr ? nullptr : head.slopes + tile * p_.group;
         if (slopes != nullptr) std::fill(slopes, slopes + p_.group, 0.0);
-        for (int64_t block = head.blocks - 1; block >= 0; --block) {
+        const BlockMask mask(p_, s, head.kv_head);
+        for (int64_t block = head.blocks - 1;; --block) {
+            block = mask.last_block(first, block, block_rows(p_));
+            if (block < 0) break;
             const Range rows = block_of(p_, s, block);
             const Range seen{scores.begin(rows.begin), scores.end(rows.end - 1)};
             if (seen.begin >= last || seen.end <= first || seen.begin >= seen.end) continue;
@@ -72,8 +75,10 @@ public:
             if (p_.softcap > 0) tile_.through_softcap();
             tile_.add_key_gradients(grad_k_, grad_v_);
             wait_for(head.turns[block], tile);
-            add_query_gradient(head, s, rows, tile == seen.begin / tile_.keys, tile == (seen.end - 1) / tile_.keys);
-            head.turns[block].store(tile + 1, std::memory_order_release);
+            const int64_t next = mask.next_tile(rows, tile + 1, tile_.keys);
+            const bool is_first = tile == mask.next_tile(rows, seen.begin / tile_.keys, tile_.keys);
+            add_query_gradient(head, s, rows, is_first, next * tile_.keys >= seen.end);
+            head.turns[block].store(next, std::memory_order_release);
         }
         for (int64_t key = first; key < last; ++key) {
             write_row(key_row(g_.k, s, head.kv_head, key), g_.k.dtype, g_.k.strides[3],

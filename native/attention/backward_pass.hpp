@@ -105,8 +105,9 @@ private:
             head.delta[row] = sum;
         }
         const int64_t begin = scores.begin(rows.begin), end = scores.end(rows.end - 1);
-        head.turns[block].store(begin / tile_keys(p_), std::memory_order_relaxed);
-        if (begin < end) return;
+        const int64_t first = BlockMask(p_, s, head.kv_head).next_tile(rows, begin / tile_keys(p_), tile_keys(p_));
+        head.turns[block].store(first, std::memory_order_relaxed);
+        if (begin < end && first * tile_keys(p_) < end) return;
         const std::vector<T> zeros(p_.head_dim);
         for (int64_t row = rows.begin; row < rows.end; ++row)
             write_row(query_row(p_, g_.q, s, head.kv_head, row), g_.q.dtype, g_.q.strides[3], zeros.data(), T(1), p_.head_dim);

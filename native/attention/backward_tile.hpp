@@ -1,14 +1,19 @@
 // One block of rows against one tile of keys, on the way back: P and dS of it, and what they add to the gradients.
 #pragma once
 
+#include <bit>
+
 #include "forward.hpp"
 
 namespace onchip::ONCHIP_ISA {
 
 using attention::Gradients;
 
-// Rows of a block: about 64, whole queries (all heads of a group together).
-inline int64_t block_rows(const Problem& p) { return std::max<int64_t>(64 / p.group, 1) * p.group; }
+// Rows of a block: about 64, whole queries (all heads of a group together), of one tile of a block mask.
+inline int64_t block_rows(const Problem& p) {
+    const int64_t queries = std::max<int64_t>(64 / p.group, 1);
+    return (p.mask ? std::min(int64_t(std::bit_floor(uint64_t(queries))), p.mask.block) : queries) * p.group;
+}
 inline int64_t count_rows(const Problem& p, const Sequence& s) { return s.q_length * p.group; }
 inline int64_t count_blocks(const Problem& p, const Sequence& s) { return ceil_div(count_rows(p, s), block_rows(p)); }
 inline Range block_of(const Problem& p, const Sequence& s, int64_t block) {
@@ -58,13 +63,15 @@ public:
         read_queries(p_, g_.out, s, kv_head, rows.begin, rows.end, p_.value_dim, T(1), grad_o_, o_pitch);
         multiply(q_, q_pitch, k_panels_, p_.head_dim, p_tile_);
         multiply(grad_o_, o_pitch, v_panels_, p_.value_dim, ds_tile_);
+        const BlockMask mask(p_, s, kv_head);
         Dropout<T> dropout(p_, s);
+        for (int64_t r = 0; r < count_ && (cut_ || !scores.plain()); ++r)
+            scores.logits(rows.begin + r, first, columns_.begin, columns_.end, seen(r), p_tile_ + r * s_pitch,
+                          cap_ + r * s_pitch, buffer_);
+        mask.hide(rows, first, keys, p_tile_, s_pitch);
         for (int64_t r = 0; r < count_; ++r) {
             T* const x = p_tile_ + r * s_pitch;
             T* const ds = ds_tile_ + r * s_pitch;
-            const Range seen = cut_ ? Range{seen_[r].begin - first, seen_[r].end - first} : columns_;
-            if (cut_ || !scores.plain())
-                scores.logits(rows.begin + r, first, columns_.begin, columns_.end, seen, x, cap_ + r * s_pitch, buffer_);
             const T base = lse2[rows.begin + r], shift = delta[rows.begin + r];
             if (dropout) {
                 const T* const kept = dropout.factors(p_.query_of(rows.begin + r), scores.head(rows.begin + r),
@@ -82,8 +89,9 @@ public:
                 }
             }
             if (cut_) {  // products with hidden keys were never computed
-                std::fill(ds + columns_.begin, ds + std::clamp(seen.begin, columns_.begin, columns_.end), T(0));
-                std::fill(ds + std::clamp(seen.end, columns_.begin, columns_.end), ds + columns_.end, T(0));
+                const Range columns = seen(r);
+                std::fill(ds + columns_.begin, ds + std::clamp(columns.begin, columns_.begin, columns_.end), T(0));
+                std::fill(ds + std::clamp(columns.end, columns_.begin, columns_.end), ds + columns_.end, T(0));
             }
         }
     }
@@ -147,6 +155,11 @@ private:
             while (to < count_ && seen_[to].begin <= first_ + c) ++to;
             seen_by_[c] = {from, to};
         }
+    }
+
+    // The columns that row r of the block sees.
+    Range seen(int64_t r) const {
+        return cut_ ? Range{seen_[r].begin - first_, seen_[r].end - first_} : columns_;
     }
 
     void multiply(const T* a, int64_t a_row, const T* panels, int64_t depth, T* to) const {

@@ -63,6 +63,7 @@ private:
         const Scores<T> scores(p_, s, head.kv_head);
         const Range seen{scores.begin(rows.begin), scores.end(rows.end - 1)};
         if (seen.begin >= last || seen.end <= first || seen.begin >= seen.end) return;
+        if (!BlockMask(p_, s, head.kv_head).sees(rows, first / tile_.keys, tile_.keys)) return;
         tile_.differentiate(scores, s, head.kv_head, rows, first, head.lse2, head.delta);
         for (int64_t r = 0; r < tile_.count(); ++r) {
             const T* const ds = tile_.gradient(r);

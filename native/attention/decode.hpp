@@ -37,7 +37,7 @@ inline int64_t stream_keys(const Problem& p) {
 }
 
 inline bool streams(const Problem& p, const Sequence& s) {
-    return !p.batch_invariant && s.q_length * p.group <= kStreamRows && p.k.strides[3] == 1 && p.v.strides[3] == 1 &&
+    return !p.mask && !p.batch_invariant && s.q_length * p.group <= kStreamRows && p.k.strides[3] == 1 && p.v.strides[3] == 1 &&
            p.head_dim * (p.double_precision() ? 2 : 1) % (kVectorBytes / 4) == 0 &&
            p.value_dim * (p.double_precision() ? 2 : 1) % (kVectorBytes / 2) == 0;
 }

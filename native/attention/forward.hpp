@@ -3,7 +3,7 @@
 // A unit of work is a span of rows of one (sequence, key head). For each tile of keys it packs K transposed and V once,
 // then runs over its rows in blocks small enough that the block's probabilities stay in the first two caches:
 //     S = Q Kᵀ;  P = exp2(S - top);  O = O · factor + P V
-// Tiles that no row sees are skipped, and in tiles that the mask cuts only what is needed is multiplied. Tiles begin at
+// Tiles that no row sees, or that a block mask leaves out, are skipped, and in tiles that the mask cuts only what is needed is multiplied. Tiles begin at
 // multiples of their size whatever the unit, and a register tile sums in the order of its steps, so a row's bits do not
 // depend on what it was grouped with.
 //
@@ -18,6 +18,7 @@
 #include "common/gemm.hpp"
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
+#include "block_mask.hpp"
 #include "dropout.hpp"
 #include "rows.hpp"
 #include "softmax.hpp"
@@ -36,7 +37,10 @@ constexpr int64_t kBlockRows = 48;  // rows whose scores against one tile of key
 constexpr int64_t kUnitRows = 8 * kBlockRows;
 
 // Keys in a tile: K and V of it, in the arithmetic's type, fit the second-level cache with room to spare.
-inline int64_t tile_keys(const Problem& p) { return p.head_dim + p.value_dim <= 256 ? 128 : 64; }
+inline int64_t tile_keys(const Problem& p) {
+    const int64_t keys = p.head_dim + p.value_dim <= 256 ? 128 : 64;
+    return p.mask ? std::min(keys, p.mask.block) : keys;
+}
 
 struct ForwardUnit {
     int64_t sequence, kv_head;
@@ -66,6 +70,7 @@ public:
     void run(const ForwardUnit& unit) {
         const Sequence& s = p_.sequences[unit.sequence];
         const Scores<T> scores(p_, s, unit.kv_head);
+        const BlockMask mask(p_, s, unit.kv_head);
         Dropout<T> dropout(p_, s);
         const int64_t rows = unit.rows.end - unit.rows.begin;
         read_queries(p_, p_.q, s, unit.kv_head, unit.rows.begin, unit.rows.end, p_.head_dim, T(query_factor(p_)), q_,
@@ -74,16 +79,29 @@ public:
         run_.clear(0, round_up(rows, kBlockRows));
         for (int64_t r = 0; r < rows; ++r)
             seen_[r] = {scores.begin(unit.rows.begin + r), scores.end(unit.rows.begin + r)};
-        for (int64_t first = seen_[0].begin / keys_ * keys_; first < seen_[rows - 1].end; first += keys_) {
+        for (int64_t tile = seen_[0].begin / keys_;; ++tile) {
+            tile = mask.next_tile(unit.rows, tile, keys_);
+            const int64_t first = tile * keys_;
+            if (first >= seen_[rows - 1].end) break;
             pack(s, unit.kv_head, first, std::min(first + keys_, s.k_length));
-            for (int64_t r = 0; r < rows; r += kBlockRows)
-                block(scores, dropout, unit.rows.begin, {r, std::min(r + kBlockRows, rows)}, first);
+            for (int64_t r = 0, end; r < rows; r = end) {
+                end = block_end(unit.rows, r);
+                if (mask.sees({unit.rows.begin + r, unit.rows.begin + end}, tile, keys_))
+                    block(scores, mask, dropout, unit.rows.begin, {r, end}, first);
+            }
         }
         for (int64_t r = 0; r < rows; ++r)
             finish_row(p_, s, unit.kv_head, unit.rows.begin + r, run_.top[r], run_.sum[r], o_ + r * o_pitch_);
     }
 
 private:
+    // Where the block that begins at the unit's row r ends: at a tile of the mask at the latest.
+    int64_t block_end(Range unit, int64_t r) const {
+        const int64_t end = std::min(r + kBlockRows, unit.end - unit.begin);
+        const int64_t rows = p_.mask.block * p_.group;
+        return p_.mask ? std::min(end, ((unit.begin + r) / rows + 1) * rows - unit.begin) : end;
+    }
+
     void pack(const Sequence& s, int64_t kv_head, int64_t begin, int64_t end) {
         read_keys(p_, p_.k, s, kv_head, begin, end, p_.head_dim, k_rows_, q_pitch_);
         pack_transposed(k_panels_, k_rows_, q_pitch_, end - begin, p_.head_dim);
@@ -91,7 +109,8 @@ private:
     }
 
     // One block of rows against the packed tile of keys that begins at `first`.
-    void block(const Scores<T>& scores, Dropout<T>& dropout, int64_t unit_begin, Range rows, int64_t first) {
+    void block(const Scores<T>& scores, const BlockMask& mask, Dropout<T>& dropout, int64_t unit_begin, Range rows,
+               int64_t first) {
         const Range none{0, 0};
         const int64_t begin = std::max<int64_t>(seen_[rows.begin].begin - first, 0) / kPanel<T> * kPanel<T>;
         const int64_t end = std::min<int64_t>(seen_[rows.end - 1].end - first, keys_);
@@ -110,6 +129,7 @@ private:
                 scores.logits(unit_begin + r, first, columns.begin, columns.end,
                               {seen_[r].begin - first, seen_[r].end - first}, s + r * s_pitch_, nullptr, buffer_);
         }
+        mask.hide({unit_begin + rows.begin, unit_begin + rows.end}, first, keys_, s_, s_pitch_);
         for (int64_t r = rows.begin; r < rows.end; r += kLanes<T>)  // a last few rows may be nobody's
             absorb(run_.top + r, run_.sum + r, factor_ + r - rows.begin, s + r * s_pitch_, s_pitch_, columns.begin, columns.end);
         if (dropout) {

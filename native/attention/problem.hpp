@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "common/tensor.hpp"
@@ -28,6 +29,51 @@ struct Pages {
     int64_t row = 0, size = 0;  // size: keys of a page
 };
 
+// For each tile along one axis, the visible tiles along the other, ascending: entries are pairs of a tile and of the
+// number of its bits, -1 where all of it is seen. `lines` of tiles: a line is a (sequence, head).
+struct TileLists {
+    const int32_t* starts = nullptr;
+    const int32_t* entries = nullptr;
+    int64_t tiles = 0;
+
+    using Span = std::pair<const int32_t*, const int32_t*>;
+    Span of(int64_t line, int64_t n) const {
+        const int32_t* const start = starts + line * (tiles + 1) + n;
+        return {entries + 2 * int64_t(start[0]), entries + 2 * int64_t(start[1])};
+    }
+    // The entries of tiles not before `tile`, and of those up to it.
+    Span from(int64_t line, int64_t n, int64_t tile) const {
+        const auto [begin, end] = of(line, n);
+        return {bound(begin, end, tile), end};
+    }
+    Span up_to(int64_t line, int64_t n, int64_t tile) const {
+        const auto [begin, end] = of(line, n);
+        return {begin, bound(begin, end, tile + 1)};
+    }
+
+private:
+    static const int32_t* bound(const int32_t* begin, const int32_t* end, int64_t tile) {
+        while (begin != end) {
+            const int32_t* const middle = begin + (end - begin) / 4 * 2;
+            if (*middle < tile) {
+                begin = middle + 2;
+            } else {
+                end = middle;
+            }
+        }
+        return begin;
+    }
+};
+
+// Which queries see which keys, in tiles of `block` of each; bits are [number][query][key / 32].
+struct BlockMask {
+    int64_t block = 0, batch = 1, heads = 1;  // 1: one serves all. No block: no mask.
+    TileLists by_query, by_key;
+    const uint32_t* bits = nullptr;
+
+    explicit operator bool() const { return block > 0; }
+};
+
 struct Problem {
     std::vector<Sequence> sequences;
     int64_t heads, kv_heads, group, head_dim, value_dim;  // group: heads / kv_heads
@@ -41,6 +87,7 @@ struct Problem {
     Tensor sinks;         // (heads) in the type of the arithmetic
     Tensor out, lse;      // lse: (batch, heads, time) in the type of the arithmetic
     Pages pages;          // of k and v; for the forward pass
+    BlockMask mask;
     int threads;
     bool batch_invariant;  // one kernel for every call, so that a row's bits depend on nothing but what it sees
 

@@ -11,8 +11,7 @@ constexpr T kLog2e = T(1.442695040888963407360);
 // 2^x for any x: inf from half an octave below the largest number on, 0 below the smallest normal one, NaN for NaN.
 template <class T>
 inline Vec<T> exp2_any(Vec<T> x) {
-    const Vec<T> ceiling = broadcast(T(sizeof(T) == 4 ? 128 : 1024));
-    return exp2(ceiling < x ? ceiling : x);  // one instruction, which keeps a NaN
+    return exp2(at_most(broadcast(T(sizeof(T) == 4 ? 128 : 1024)), x));
 }
 
 // e^-|x|.
@@ -28,18 +27,6 @@ inline Vec<T> sigmoid(Vec<T> x) {
     return x < 0 ? e * r : r;
 }
 
-template <class T>
-inline Vec<T> silu(Vec<T> x) {
-    return x * sigmoid<T>(x);
-}
-
-// The derivative of silu.
-template <class T>
-inline Vec<T> silu_slope(Vec<T> x) {
-    const Vec<T> s = sigmoid<T>(x);
-    return s * (1 + x * (1 - s));
-}
-
 // log(1 + e^x), and from 20 on x itself, as PyTorch has it. For e = e^-|x| in (0, 1], log(1 + e) = 2 artanh(s) with
 // s = e / (2 + e) ≤ 1/3, by its series; max(x, 0) makes up for the sign.
 template <class T>
@@ -51,6 +38,18 @@ inline Vec<T> softplus(Vec<T> x) {
     for (int k = kTerms - 1; k >= 0; --k) sum = sum * square + T(1) / (2 * k + 1);
     const Vec<T> above = x < 0 ? Vec<T>{} : x;
     return x > 20 ? x : above + 2 * s * sum;
+}
+
+template <class T>
+inline Vec<T> silu(Vec<T> x) {
+    return x * sigmoid<T>(x);
+}
+
+// The derivative of silu.
+template <class T>
+inline Vec<T> silu_slope(Vec<T> x) {
+    const Vec<T> s = sigmoid<T>(x);
+    return s * (1 + x * (1 - s));
 }
 
 }  // namespace onchip::ONCHIP_ISA

@@ -118,6 +118,34 @@ inline Vec<T> reduce_each(Vec<T>* x, const Combine& combine) {
     return x[0];
 }
 
+// The larger, or the smaller, of the bound and x, which keeps a NaN of x. One instruction, which the compiler does not
+// always find by itself.
+#if defined(__AVX512F__)
+inline Vec<float> at_least(Vec<float> bound, Vec<float> x) { return _mm512_maskz_max_ps(0xffff, bound, x); }
+inline Vec<float> at_most(Vec<float> bound, Vec<float> x) { return _mm512_maskz_min_ps(0xffff, bound, x); }
+inline Vec<double> at_least(Vec<double> bound, Vec<double> x) { return _mm512_maskz_max_pd(0xff, bound, x); }
+inline Vec<double> at_most(Vec<double> bound, Vec<double> x) { return _mm512_maskz_min_pd(0xff, bound, x); }
+#elif defined(__AVX2__)
+inline Vec<float> at_least(Vec<float> bound, Vec<float> x) { return _mm256_max_ps(bound, x); }
+inline Vec<float> at_most(Vec<float> bound, Vec<float> x) { return _mm256_min_ps(bound, x); }
+inline Vec<double> at_least(Vec<double> bound, Vec<double> x) { return _mm256_max_pd(bound, x); }
+inline Vec<double> at_most(Vec<double> bound, Vec<double> x) { return _mm256_min_pd(bound, x); }
+#elif defined(__SSE2__)
+inline Vec<float> at_least(Vec<float> bound, Vec<float> x) { return _mm_max_ps(bound, x); }
+inline Vec<float> at_most(Vec<float> bound, Vec<float> x) { return _mm_min_ps(bound, x); }
+inline Vec<double> at_least(Vec<double> bound, Vec<double> x) { return _mm_max_pd(bound, x); }
+inline Vec<double> at_most(Vec<double> bound, Vec<double> x) { return _mm_min_pd(bound, x); }
+#else
+template <class V>
+inline V at_least(V bound, V x) {
+    return bound > x ? bound : x;
+}
+template <class V>
+inline V at_most(V bound, V x) {
+    return bound < x ? bound : x;
+}
+#endif
+
 // Keeps `a` where `b` is NaN; the NaN then shows in the exponential.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
@@ -130,7 +158,7 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
 inline Vec<float> exp2(Vec<float> x) {
     using Bits = VecOf<float>::bits;
     const Vec<float> floor = broadcast(-127.0f);
-    x = floor > x ? floor : x;  // one instruction, which keeps a NaN
+    x = at_least(floor, x);
     const Vec<float> shifted = x + 12582912.0f;
     const Vec<float> f = x - (shifted - 12582912.0f);
     Vec<float> p = broadcast(1.5353362e-4f);
@@ -146,7 +174,7 @@ inline Vec<float> exp2(Vec<float> x) {
 inline Vec<double> exp2(Vec<double> x) {
     using Bits = VecOf<double>::bits;
     const Vec<double> floor = broadcast(-1023.0);
-    x = floor > x ? floor : x;  // one instruction, which keeps a NaN
+    x = at_least(floor, x);
     const Vec<double> shifted = x + 6755399441055744.0;
     const Vec<double> f = (x - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
     Vec<double> p = broadcast(1.0 / 6227020800.0);  // e^f by its Taylor series: |f| ≤ 0.35, so 13 terms reach 1e-16

@@ -32,12 +32,12 @@ public:
           dbias_(scratch.take<T>(W)),
           decay_(scratch.take<T>(p.chunk * kTile * L)),
           decayed_(scratch.take<T>(p.chunk * kTile * L)),
-          dB_(scratch.take<T>(lane_sums(p) * L)),
-          dC_(scratch.take<T>(lane_sums(p) * L)) {}
+          dB_(scratch.take<T>(p.chunk * kTile * L)),
+          dC_(scratch.take<T>(p.chunk * kTile * L)) {}
 
     static size_t need(const Problem& p) {
         return Chunk<T>::need(p) + 7 * Scratch::need<T>(p.chunk * W) + 3 * Scratch::need<T>(p.states * W) +
-               2 * Scratch::need<T>(W) + 2 * Scratch::need<T>(p.chunk * kTile * L) + 2 * Scratch::need<T>(lane_sums(p) * L);
+               2 * Scratch::need<T>(W) + 4 * Scratch::need<T>(p.chunk * kTile * L);
     }
 
     void run(const Sequence& s, const Block& block) {
@@ -58,26 +58,17 @@ private:
     static constexpr int64_t W = kWidth<T>, L = kLanes<T>;
     static constexpr int kTile = 2;
 
-    // Vectors of dB and of dC: in whole groups, which are reduced together.
-    static int64_t lane_sums(const Problem& p) { return round_up(p.chunk * p.states, L); }
-
     void retreat(const Sequence& s, const Block& block, int64_t t, int64_t length) {
         chunk_.read(s, block, t, length, slope_);
         chunk_.read_states(state_, checkpoint(s.checkpoint + t / p_.chunk, block), block);
         enter_output(s, block, t, length);
         std::fill_n(to_u_, length * W, T(0));
         std::fill_n(to_decay_, length * W, T(0));
-        std::fill_n(dB_, lane_sums(p_) * L, T(0));
-        std::fill_n(dC_, lane_sums(p_) * L, T(0));
-        for (int64_t j = 0; j < block.lanes<T>(); j += L) {
-            int64_t n = 0;
-            for (; n + kTile <= p_.states; n += kTile) states_of_vector<kTile>(n, j, length);
-            for (; n < p_.states; ++n) states_of_vector<1>(n, j, length);
-        }
+        int64_t n = 0;
+        for (; n + kTile <= p_.states; n += kTile) some_states<kTile>(s, block, t, n, length);
+        for (; n < p_.states; ++n) some_states<1>(s, block, t, n, length);
         leave_inputs(s, block, t, length);
         if (p_.z) leave_gate(s, block, t, length);
-        sum_lanes(g_.B_partial, dB_, s.row + t, block, length);
-        sum_lanes(g_.C_partial, dC_, s.row + t, block, length);
     }
 
     Source checkpoint(int64_t row, const Block& block) const {
@@ -93,10 +84,7 @@ private:
             const Vec<T> D = load(chunk_.D + j);
             for (int64_t at = j; at < j + length * W; at += W) {
                 Vec<T> dy = load(out_ + at);
-                if (p_.z) {
-                    const Vec<T> z = load(z_ + at);
-                    dy *= z * sigmoid<T>(z);
-                }
+                if (p_.z) dy *= silu<T>(load(z_ + at));
                 store(dy_ + at, dy);
                 store(y_ + at, D * load(chunk_.x + at));
                 dD += dy * load(chunk_.x + at);
@@ -105,14 +93,21 @@ private:
         }
     }
 
+    // COUNT states of all of the block's channels: while dB and dC are summed over them, they stay in the first cache.
     template <int COUNT>
-    void states_of_vector(int64_t n, int64_t j, int64_t length) {
-        recompute<COUNT>(n, j, length);
-        if (p_.z) {
-            backwards<COUNT, true>(n, j, length);
-        } else {
-            backwards<COUNT, false>(n, j, length);
+    void some_states(const Sequence& s, const Block& block, int64_t t, int64_t n, int64_t length) {
+        std::fill_n(dB_, round_up(length * COUNT, L) * L, T(0));
+        std::fill_n(dC_, round_up(length * COUNT, L) * L, T(0));
+        for (int64_t j = 0; j < block.lanes<T>(); j += L) {
+            recompute<COUNT>(n, j, length);
+            if (p_.z) {
+                backwards<COUNT, true>(n, j, length);
+            } else {
+                backwards<COUNT, false>(n, j, length);
+            }
         }
+        sum_lanes<COUNT>(g_.B_partial, dB_, s.row + t, n, block, length);
+        sum_lanes<COUNT>(g_.C_partial, dC_, s.row + t, n, block, length);
     }
 
     // exp(δ A), and that times the state before.
@@ -151,7 +146,7 @@ private:
         for (int64_t t = length - 1; t >= 0; --t) {
             const int64_t at = t * W + j;
             const T *B = chunk_.B + t * p_.states + n, *C = chunk_.C + t * p_.states + n;
-            T *dB = dB_ + (t * p_.states + n) * L, *dC = dC_ + (t * p_.states + n) * L;
+            T *dB = dB_ + t * COUNT * L, *dC = dC_ + t * COUNT * L;
             const Vec<T> dy = load(dy_ + at), u = load(chunk_.u + at), dt = load(chunk_.dt + at);
             Vec<T> to_u = load(to_u_ + at), to_decay = load(to_decay_ + at), y{};
 #pragma GCC unroll 4
@@ -197,26 +192,25 @@ private:
         chunk_.write_channels(g_.dt, to_decay_, s, block, t, length);
     }
 
-    // y silu'(z) times the output's gradient; silu' = σ (1 + z (1 - σ)).
+    // The gradient of z, y silu'(z) times the output's.
     void leave_gate(const Sequence& s, const Block& block, int64_t t, int64_t length) {
         for (int64_t i = 0; i < length * W; i += W) {
-            for (int64_t j = i; j < i + block.lanes<T>(); j += L) {
-                const Vec<T> z = load(z_ + j), r = sigmoid<T>(z);
-                store(y_ + j, load(y_ + j) * load(out_ + j) * (r * (1 + z * (1 - r))));
-            }
+            for (int64_t j = i; j < i + block.lanes<T>(); j += L)
+                store(y_ + j, load(y_ + j) * load(out_ + j) * silu_slope<T>(load(z_ + j)));
         }
         chunk_.write_channels(g_.z, y_, s, block, t, length);
     }
 
-    void sum_lanes(const Tensor& to, T* sums, int64_t row, const Block& block, int64_t length) {
-        const int64_t count = length * p_.states;
-        T* const first = reinterpret_cast<T*>(to.at(block.index, row, 0));
-        for (int64_t i = 0; i < count; i += L) {
+    template <int COUNT>
+    void sum_lanes(const Tensor& to, T* sums, int64_t row, int64_t n, const Block& block, int64_t length) {
+        for (int64_t i = 0; i < length * COUNT; i += L) {
             Vec<T> x[L];
             for (int64_t lane = 0; lane < L; ++lane) x[lane] = load(sums + (i + lane) * L);
-            const Vec<T> total = reduce_each<T>(x, [](Vec<T> a, Vec<T> b) { return a + b; });
-            std::memcpy(first + i, &total, sizeof(T) * std::min(L, count - i));
+            store(sums + i, reduce_each<T>(x, [](Vec<T> a, Vec<T> b) { return a + b; }));
         }
+        T* const first = reinterpret_cast<T*>(to.at(block.index, row, n));
+        for (int64_t t = 0; t < length; ++t)
+            for (int i = 0; i < COUNT; ++i) first[t * p_.states + i] = sums[t * COUNT + i];
     }
 
     const Problem& p_;
@@ -236,7 +230,7 @@ private:
     T* const dbias_;
     T* const decay_;    // (tokens, kTile, L): exp(δ A)
     T* const decayed_;  // exp(δ A) h
-    T* const dB_;       // (tokens, states, L)
+    T* const dB_;       // (tokens, kTile, L)
     T* const dC_;
 };
 

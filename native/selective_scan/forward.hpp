@@ -84,8 +84,7 @@ private:
         const int64_t lanes = block.lanes<T>();
         for (int64_t i = 0; i < length * W; i += W) {
             for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-                const Vec<T> z = load(z_ + i + j);
-                store(y_ + i + j, load(y_ + i + j) * (z * sigmoid<T>(z)));
+                store(y_ + i + j, load(y_ + i + j) * silu<T>(load(z_ + i + j)));
             }
         }
     }

@@ -2,6 +2,7 @@
 #include "backward.hpp"
 #include "common/parallel.hpp"
 #include "forward.hpp"
+#include "step.hpp"
 
 namespace onchip::ONCHIP_ISA {
 namespace {
@@ -65,6 +66,27 @@ void backward(const Problem& p, const Gradients& g) {
     backward_as<float>(p, g);
 }
 
+template <class T>
+void step_as(const Problem& p) {
+    const int64_t size = p.channels / p.groups, spans = ceil_div(size, kStepChannels);
+    const int64_t units = p.tokens * p.groups * spans, work = p.tokens * p.channels * p.states / kElementsPerThread;
+    if (units == 0) return;
+    const int threads = int(std::clamp<int64_t>(work, 1, std::min<int64_t>(p.threads, units)));
+    Scratch scratch(threads * ScanStep<T>::need(p));
+    std::vector<ScanStep<T>> workers;
+    workers.reserve(threads);
+    for (int i = 0; i < threads; ++i) workers.emplace_back(p, scratch);
+    parallel_units(threads, units, [&](int thread, int64_t unit) {
+        const int64_t group = unit / spans % p.groups, first = unit % spans * kStepChannels;
+        workers[thread].run(unit / spans / p.groups, group, group * size + first, std::min(kStepChannels, size - first));
+    });
+}
+
+void step(const Problem& p) {
+    if (p.x.dtype == DType::float64) return step_as<double>(p);
+    step_as<float>(p);
+}
+
 int64_t blocks(int64_t channels, int64_t groups, bool wide) {
     return groups * (wide ? blocks_in_group<double>(channels, groups) : blocks_in_group<float>(channels, groups));
 }
@@ -72,6 +94,6 @@ int64_t blocks(int64_t channels, int64_t groups, bool wide) {
 }  // namespace
 
 extern const selective_scan::Kernels selective_scan_kernels;
-const selective_scan::Kernels selective_scan_kernels{forward, backward, blocks};
+const selective_scan::Kernels selective_scan_kernels{forward, backward, step, blocks};
 
 }  // namespace onchip::ONCHIP_ISA

@@ -44,6 +44,7 @@ struct Gradients {
 struct Kernels {
     void (*forward)(const Problem&);
     void (*backward)(const Problem&, const Gradients&);
+    void (*step)(const Problem&);  // x, dt, z, out, B and C without time; the state, final_state, is updated in place
     int64_t (*blocks)(int64_t channels, int64_t groups, bool wide);
 };
 

@@ -65,13 +65,34 @@ inline char* at(const Source& s, int64_t row, int64_t column) {
     return s.data + item_size(s.dtype) * (row * s.row + column * s.column);
 }
 
+template <class T, class S>
+void read_rows(T* tile, int64_t width, const Source& from, int64_t rows, int64_t columns) {
+    const S* row = reinterpret_cast<const S*>(from.data);
+    if (from.column == 1 && columns == kWidth<T>) {  // a whole block of channels, its size known
+        for (int64_t r = 0; r < rows; ++r, row += from.row, tile += width)
+            for (int64_t i = 0; i < kWidth<T>; ++i) tile[i] = T(widen(row[i]));
+    } else if (from.column == 1 && from.row == columns && width == columns) {
+        read_as(tile, row, 1, rows * columns);
+    } else {
+        for (int64_t r = 0; r < rows; ++r) read_as(tile + r * width, row + r * from.row, from.column, columns);
+    }
+}
+
+template <class T>
+void read_rows(T* tile, int64_t width, const Source& from, int64_t rows, int64_t columns) {
+    switch (from.dtype) {
+        case DType::float32: return read_rows<T, float>(tile, width, from, rows, columns);
+        case DType::float64: return read_rows<T, double>(tile, width, from, rows, columns);
+        case DType::bfloat16: return read_rows<T, BFloat16>(tile, width, from, rows, columns);
+        case DType::float16: return read_rows<T, Half>(tile, width, from, rows, columns);
+        case DType::boolean: return;
+    }
+}
+
 // tile[rows × columns], `width` apart. Memory is read along the smaller stride; `line` has room for max(rows, columns).
 template <class T>
 void read_tile(T* tile, int64_t width, const Source& from, int64_t rows, int64_t columns, T* line) {
-    if (by_rows(from)) {
-        for (int64_t r = 0; r < rows; ++r) read_row(tile + r * width, at(from, r, 0), from.dtype, from.column, columns);
-        return;
-    }
+    if (by_rows(from)) return read_rows(tile, width, from, rows, columns);
     for (int64_t c = 0; c < columns; ++c) {
         read_row(line, at(from, 0, c), from.dtype, from.row, rows);
         for (int64_t r = 0; r < rows; ++r) tile[r * width + c] = line[r];

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onchip.ops import (
+        BlockMask,
         attention,
         attention_fp8,
         attention_fp8_with_lse,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlockMask",
     "__version__",
     "attention",
     "attention_fp8",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = {
     "causal_conv1d": "Measure onchip.causal_conv1d, width 4 with SiLU, against PyTorch's depthwise conv1d.",
+    "selective_scan": "Measure onchip.selective_scan, D 512, N 16, against transformers' loop and mambapy.",
 }
 
 

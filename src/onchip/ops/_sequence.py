@@ -36,10 +36,13 @@ def check_tensor(name: str, x: Tensor | None, shape: tuple[int | str, ...], like
         raise TypeError(f"{name} must have x's dtype {like.dtype}, got {x.dtype}")
     if x.device != like.device:
         raise TypeError(f"{name} must be on x's device {like.device}, got {x.device}")
-    fits = x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
-    if not fits:
+    if x.shape != shape and not _fits(shape, x):  # the first is quick, and decoding asks in every step
         shown = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name} must have shape ({shown}), got {tuple(x.shape)}")
+
+
+def _fits(shape: tuple[int | str, ...], x: Tensor) -> bool:
+    return x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
 
 
 def check_boundaries(cu_seqlens: Tensor, x: Tensor) -> None:

@@ -51,6 +51,20 @@ def _attention_with_everything(architecture: str, dtype: torch.dtype, dim: int) 
     return [*launches.attend(call, out, lse), *_backward(call, saved, out, grad_lse=lse, grad_slopes=lse), grad_bias]
 
 
+def _block_sparse_attention(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """All passes over 4096 causal queries of 16 heads on 4 key heads, under a block mask."""
+    from onchip.ops.attention.block_mask import BlockMask
+    from onchip.ops.attention.triton import launches
+
+    q, k, v = _meta((1, 4096, 16, dim), (1, 4096, 4, dim), (1, 4096, 4, dim), dtype=dtype)
+    mask = BlockMask.local(4096, 4096, window=(500, 0), n_global=1).to("meta")
+    settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (4096, 4096), architecture)
+    call = launches.Call(q, k, v, *settings, block_mask=mask)
+    out, lse = torch.empty_like(q), _float32(1, 16, 4096)
+    saved = launches.Saved(torch.empty_like(out), lse, torch.empty_like(lse))
+    return [*launches.attend(call, out, lse), *_backward(call, saved, out)[1:]]
+
+
 def _backward(
     call: "Call", saved: "Saved", out: Tensor, grad_lse: Tensor | None = None, grad_slopes: Tensor | None = None
 ) -> list[Launch]:
@@ -112,6 +126,20 @@ def _hadamard(architecture: str, dtype: torch.dtype, n: int) -> list[Launch]:
     return [hadamard.launch(x, _float32(n), None, n**-0.5, x)]
 
 
+def _selective_scan(architecture: str, dtype: torch.dtype, states: int) -> list[Launch]:
+    """Both passes over two sequences of 2048 tokens of 1536 channels, with everything."""
+    from onchip.ops.selective_scan import triton as scan
+    from onchip.ops.selective_scan.arguments import Call
+
+    x, B = _meta((2, 2048, 1536), (2, 2048, 1, states), dtype=dtype)
+    A, D, state = _float32(1536, states), _float32(1536), _float32(2, 1536, states)
+    call = Call(x, x, A, B, B, D, x, D, state, None, True)
+    out, final_state, checkpoints = call.results(save=True)
+    grads = (x, x, x, state, state, state, state, state, state)
+    backward = scan.launch_backward(call, checkpoints, x, state, *grads)
+    return [scan.launch_forward(call, out, final_state, checkpoints), backward]
+
+
 def _causal_conv1d(architecture: str, dtype: torch.dtype, width: int) -> list[Launch]:
     """All passes with SiLU over packed sequences of 4096 rows and 2048 channels, and a step of a batch of 8."""
     from onchip.ops.causal_conv1d import triton as conv
@@ -143,6 +171,7 @@ SPECIMENS = {
     "attention bfloat16 128, everything": Specimen(
         partial(_attention_with_everything, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
     ),
+    "attention bfloat16 128, block-sparse": Specimen(partial(_block_sparse_attention, dtype=torch.bfloat16, dim=128)),
     "attention bfloat16 256": Specimen(
         partial(_attention, dtype=torch.bfloat16, dim=256), ("sm_80", "sm_90", "gfx942")
     ),
@@ -155,6 +184,7 @@ SPECIMENS = {
         partial(_batch_invariant, dtype=torch.bfloat16, dim=128), ("sm_80", "sm_90", "gfx942")
     ),
     "fp8 128": Specimen(partial(_fp8, dim=128), ("sm_90", "sm_100")),
+    "selective scan bfloat16 16": Specimen(partial(_selective_scan, dtype=torch.bfloat16, states=16)),
     "causal_conv1d bfloat16 4": Specimen(partial(_causal_conv1d, dtype=torch.bfloat16, width=4)),
     "hadamard bfloat16 128": Specimen(partial(_hadamard, dtype=torch.bfloat16, n=128)),
     "hadamard float32 4096": Specimen(partial(_hadamard, dtype=torch.float32, n=4096), ("sm_80", "gfx942")),

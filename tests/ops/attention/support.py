@@ -39,6 +39,8 @@ class Case:
     def on(self, device: str) -> "Case":
         """The same call on another device, with the same strides."""
         moved = {n: _moved(x, device) if isinstance(x, Tensor) else x for n, x in self.arguments.items()}
+        if self["block_mask"] is not None:
+            moved["block_mask"] = self["block_mask"].to(device)
         return Case(moved, _moved(self.grad_out, device), _moved(self.grad_lse, device))
 
     def times(self, factor: float) -> "Case":

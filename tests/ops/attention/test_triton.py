@@ -327,6 +327,8 @@ def test_opcheck():
         None,
         0.5,
         7,
+        None,
+        None,
         "triton",
     )
     torch.library.opcheck(torch.ops.onchip.attention.default, (*arguments, *settings))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onchip import BlockMask
 from onchip.ops.attention import checks, reference
 
 from .support import Case, differentiate, floating, run
@@ -64,6 +65,7 @@ def eager(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as one writes it in a few lines of PyTorch: every step in q's dtype."""
     dtype, group = q.dtype, q.shape[2] // k.shape[2]
@@ -76,6 +78,8 @@ def eager(
         s = s - alibi_slopes.to(dtype).expand(q.shape[0], -1)[:, :, None, None] * ahead.abs().to(dtype)
     left, right = checks.reach(causal, window)
     hidden = ((ahead < -left) & (left >= 0)) | ((ahead > right) & (right >= 0))
+    if block_mask is not None:
+        hidden = hidden | ~block_mask.to_dense()
     if bias is not None and bias.dtype == torch.bool:
         hidden = hidden | ~bias
     elif bias is not None:
@@ -135,6 +139,7 @@ def _probabilities(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Of the keys, (B, H, Tq, Tk), and of the sink, (B, H, Tq); and the size of lse."""
     left, right = checks.reach(bool(case["causal"]), case["window"])
     settings = {name: case[name] for name in ("scale", "bias", "alibi_slopes", "sinks")}
+    settings["visible"] = None if case["block_mask"] is None else case["block_mask"].to_dense()
     p, lse = reference.attention_matrix(
         case["q"], case["k"], left=left, right=right, softcap=case["softcap"] or 0.0, **settings
     )

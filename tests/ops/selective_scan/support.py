@@ -75,16 +75,17 @@ FEATURES = {
 }
 
 
-def forward(call: Case, backend: str | None = None) -> dict[str, Tensor]:
+def forward(call: Case, backend: str | None = None, scan: Any = onchip.selective_scan) -> dict[str, Tensor]:
     """The output and the final state."""
-    return onchip.selective_scan(**call.arguments, return_final_state=True, backend=backend)._asdict()
+    out, final_state = scan(**call.arguments, return_final_state=True, backend=backend)
+    return {"out": out, "final_state": final_state}
 
 
 def run(call: Case, backend: str | None = None, scan: Any = onchip.selective_scan) -> dict[str, Tensor]:
     """The output, the final state, and the gradients of all tensors by name."""
     leaves = {n: call[n].detach().clone(memory_format=torch.preserve_format) for n in TENSORS if call[n] is not None}
     leaves = {n: _like(call[n], x).requires_grad_() for n, x in leaves.items()}
-    result = scan(**(call.arguments | leaves), return_final_state=True, backend=backend)
+    result = tuple(scan(**(call.arguments | leaves), return_final_state=True, backend=backend))
     # The reference's results depend on nothing where there are no tokens.
     pairs = [(y, g) for y, g in zip(result, (call.grad_out, call.grad_state), strict=True) if y.requires_grad]
     grads = torch.autograd.grad([y for y, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)

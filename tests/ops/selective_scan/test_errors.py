@@ -107,12 +107,6 @@ def test_a_step_refuses(more, error, message):
         onchip.selective_scan_step(**(STEP | more))
 
 
-def test_a_step_into_out_state_refuses_a_gradient():
-    x = STEP["x_t"].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="selective_scan_step writes out_state without a gradient"):
-        onchip.selective_scan_step(**(STEP | {"x_t": x}), out_state=torch.empty_like(STEP["state"]))
-
-
 def test_a_growing_state_is_warned_of_once(monkeypatch, recwarn):
     monkeypatch.setattr(checks, "_grown", {"warned": False, "looked on a GPU": False})
     growing = CALL.arguments | {"A": -A}

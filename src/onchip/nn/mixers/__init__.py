@@ -6,14 +6,22 @@ from typing import Any
 
 from onchip.nn.mixers.attention import Attention, AttentionState
 from onchip.nn.mixers.base import MissingForm, Mixer, State
+from onchip.nn.mixers.hippo import HiPPO
+from onchip.nn.mixers.lssl import LSSL
 from onchip.nn.mixers.mamba import Mamba
 from onchip.nn.mixers.mamba2 import Mamba2
+from onchip.nn.mixers.s4 import S4
+from onchip.nn.mixers.s4d import S4D
 from onchip.nn.mixers.selective import MambaState
 
 __all__ = [
+    "LSSL",
     "MIXERS",
+    "S4",
+    "S4D",
     "Attention",
     "AttentionState",
+    "HiPPO",
     "Mamba",
     "Mamba2",
     "MambaState",
@@ -23,7 +31,15 @@ __all__ = [
     "build_mixer",
 ]
 
-MIXERS: dict[str, type[Mixer[Any]]] = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
+MIXERS: dict[str, type[Mixer[Any]]] = {
+    "attention": Attention,
+    "hippo": HiPPO,
+    "lssl": LSSL,
+    "s4": S4,
+    "s4d": S4D,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+}
 """The mixers that a config can name. Add your own: a class whose first argument is `d_model`."""
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from onchip.ops import _select, _triton
 from onchip.ops.attention import checks, cpu, op, reference
+from onchip.ops.attention.block_mask import BlockMask
 
 Backend = Literal["cpu", "triton", "reference"]
 Window = tuple[int | None, int | None]
@@ -48,6 +49,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    block_mask: BlockMask | None = None,
     batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -93,6 +95,9 @@ def attention(
         seed: of the dropped entries, 0 ≤ seed < 2⁶³; by default drawn from PyTorch's default generator for the CPU, so
             that `torch.manual_seed` governs it. Under `torch.compile(fullgraph=True)` and `torch.export` it must be
             given where there is dropout.
+        block_mask: a `BlockMask` of shape (Tq, Tk), for all or for each sequence and query head: queries see what it
+            lets them see, and of that what the other masks do. Its tiles that nobody sees cost nothing. For packed
+            sequences Tq and Tk are the longest lengths, and each sequence reads the top-left corner.
         batch_invariant: a row of out and lse has the same bits whatever is computed with it: in a prefill, a chunk or a
             step, packed or not, over a cache or not. See Numerics.
         backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
@@ -113,10 +118,11 @@ def attention(
     GPU, splits of fixed size from the first key on: the bits depend on the row's query, the keys and values it sees,
     the settings and the machine alone (with dropout, on its place too). Gradients are as without; the reference
     refuses it. Dropout acts after the softmax: lse is of all logits.
-    Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal), 2.5 times that backward (3.5 on a GPU, for sums without
-    atomics); memory for the output and B·H·Tq log-sum-exps. Dropout runs Philox once for four keys, backward again, and
-    stores no mask. `batch_invariant` costs nothing for many queries on a CPU; a decoding step takes 2 to 3.5 times as
-    long there, and its keys are not shared out to threads. On a GPU tiles are smaller for it.
+    Cost: 2·B·H·Tq·Tk·(D + Dv) operations (half when causal, times the density of a block mask), 2.5 times that backward
+    (3.5 on a GPU, for sums without atomics); memory for the output and B·H·Tq log-sum-exps. Dropout runs Philox once
+    for four keys, backward again, and stores no mask. `batch_invariant` costs nothing for many queries on a CPU; a
+    decoding step takes 2 to 3.5 times as long there, and its keys are not shared out to threads. On a GPU tiles are
+    smaller for it.
     Differentiable in q, k, v, bias, alibi_slopes and sinks; twice with `backend="reference"`.
     Under autocast, float32 tensors are cast as for `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -145,6 +151,7 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         dropout_p=dropout_p,
         seed=seed,
+        block_mask=block_mask,
         batch_invariant=batch_invariant,
         backend=backend,
     )[0]
@@ -166,6 +173,7 @@ def attention_with_lse(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    block_mask: BlockMask | None = None,
     batch_invariant: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -195,10 +203,13 @@ def attention_with_lse(
         scale = q.shape[-1] ** -0.5
     if bias is not None or alibi_slopes is not None or sinks is not None:
         checks.check_score_terms(q, k, bias, alibi_slopes, sinks, cu_seqlens_q)
+    if block_mask is not None:
+        checks.check_block_mask(q, k, block_mask, cu_seqlens_q)
     chosen = _select.choose("attention", IMPLEMENTATIONS, backend, q, k, v, batch_invariant=batch_invariant)
     if chosen == "reference":
         if cu_seqlens_q is not None and not torch.compiler.is_compiling():
-            checks.check_lengths(q, k, bias, cu_seqlens_q, cast(Tensor, cu_seqlens_k))
+            span = None if block_mask is None else block_mask.shape
+            checks.check_lengths(q, k, bias, cu_seqlens_q, cast(Tensor, cu_seqlens_k), span)
         return reference.attention_with_lse(
             q,
             k,
@@ -214,9 +225,11 @@ def attention_with_lse(
             cu_seqlens_k=cu_seqlens_k,
             dropout_p=dropout_p,
             seed=seed,
+            block_mask=block_mask,
         )
     settings = (left, right, float(scale), float(softcap))
-    optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, backend)
+    tiles = (None, None) if block_mask is None else (block_mask.tensors, block_mask.shape)
+    optional = (bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed, *tiles, backend)
     return op.attention(q, k, v, *settings, *optional, batch_invariant=batch_invariant)
 
 

@@ -3,9 +3,12 @@
 import itertools
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from onchip.ops.attention.block_mask import BlockMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -161,8 +164,28 @@ def check_score_terms(
             raise ValueError(f"bias must be broadcastable to ({shown}), got shape {tuple(bias.shape)}")
 
 
+def check_block_mask(q: Tensor, k: Tensor, block_mask: BlockMask, cu_seqlens_q: Tensor | None) -> None:
+    """The block mask fits q and k; for packed sequences its lengths are left to `check_lengths`."""
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    if block_mask.device != q.device:
+        raise TypeError(f"block_mask must be on q's device {q.device}, got {block_mask.device}")
+    heads = q.shape[-2]
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    for name, got, want in (("sequences", block_mask.batch, batch), ("heads", block_mask.heads, heads)):
+        if got not in (1, want):
+            raise ValueError(f"block_mask must be of 1 or {want} {name}, got {block_mask!r}")
+    if cu_seqlens_q is None and block_mask.shape != (q.shape[1], k.shape[1]):
+        raise ValueError(f"block_mask must be of shape ({q.shape[1]}, {k.shape[1]}), got {block_mask!r}")
+
+
 def check_lengths(
-    q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    mask_shape: Sequence[int] | None = None,
 ) -> tuple[int, int]:
     """The boundaries' values make sense; the lengths of the longest sequences.
 
@@ -172,7 +195,7 @@ def check_lengths(
         longest_sequence("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0]),
         longest_sequence("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0]),
     )
-    check_bias_lengths(bias, longest)
+    check_spans(bias, mask_shape, longest)
     return longest
 
 
@@ -187,8 +210,12 @@ def longest_sequence(name: str, starts: list[int], rows: int) -> int:
     return max(lengths, default=0)
 
 
-def check_bias_lengths(bias: Tensor | None, longest: tuple[int, int]) -> None:
-    """A packed call's bias spans the longest sequences."""
+def check_spans(bias: Tensor | None, mask_shape: Sequence[int] | None, longest: tuple[int, int]) -> None:
+    """A packed call's bias and block mask span the longest sequences."""
+    if mask_shape is not None and tuple(mask_shape) != longest:
+        raise ValueError(
+            f"block_mask must be of the longest lengths ({longest[0]}, {longest[1]}), got {tuple(mask_shape)}"
+        )
     if bias is not None and any(got not in (1, want) for got, want in zip(_pad_shape(bias)[2:], longest, strict=True)):
         raise ValueError(
             f"bias must be broadcastable to the longest lengths ({longest[0]}, {longest[1]}) in its last two "

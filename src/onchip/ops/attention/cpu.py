@@ -41,15 +41,17 @@ def forward(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: list[Tensor] | None = None,
+    mask_shape: list[int] | None = None,
     *,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op on the CPU."""
-    starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
+    starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k, mask_shape)
     out, lse = output_like(q, k, v, cu_seqlens_q)
     tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
     sizes, settings = (*_sizes(q, k, v, left, right, starts), batch_invariant), (scale, softcap, dropout_p)
-    _native.kernels.attention_forward(sizes, settings, seed, *starts, tensors)
+    _native.kernels.attention_forward(sizes, settings, seed, *starts, tensors, _mask(block_mask))
     return out, lse
 
 
@@ -72,13 +74,15 @@ def backward(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: list[Tensor] | None = None,
+    mask_shape: list[int] | None = None,
     *,
     bias_grad: bool = False,
     slopes_grad: bool = False,
     sinks_grad: bool = False,
 ) -> tuple[Tensor, ...]:
     """Its derivative on the CPU."""
-    starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k)
+    starts = _starts(q, k, bias, cu_seqlens_q, cu_seqlens_k, mask_shape)
     tensors, _kept = describe_inputs(q, k, v, out, lse, bias, alibi_slopes, sinks)
     grads = gradients_like(
         (q, k, v), bias if bias_grad else None, alibi_slopes if slopes_grad else None, sinks if sinks_grad else None
@@ -101,7 +105,8 @@ def backward(
         describe_table(per_head[1]) if sinks_grad else None,
     )
     sizes, settings = (*_sizes(q, k, v, left, right, starts), False), (scale, softcap, dropout_p)
-    _native.kernels.attention_backward(sizes, settings, seed, *starts, tensors, gradients, bias_shape)
+    mask = _mask(block_mask)
+    _native.kernels.attention_backward(sizes, settings, seed, *starts, tensors, mask, gradients, bias_shape)
     if slopes_grad:
         grad_slopes.copy_(per_head[0] if grad_slopes.ndim == 2 else per_head[0].sum(0))
     if sinks_grad:
@@ -110,11 +115,16 @@ def backward(
 
 
 def _starts(
-    q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    mask_shape: list[int] | None,
 ) -> tuple[list[int], list[int]]:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return [], []
-    checks.check_lengths(q, k, bias, cu_seqlens_q, cu_seqlens_k)
+    checks.check_lengths(q, k, bias, cu_seqlens_q, cu_seqlens_k, mask_shape)
     return cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
 
 
@@ -124,6 +134,15 @@ def _sizes(
     (*rows, heads, head_dim), (*_, tk, kv_heads, value_dim) = q.shape, v.shape
     batch, tq = rows if len(rows) == 2 else (len(starts[0]) - 1, 0)  # packed, lengths come with the boundaries
     return (batch, tq, tk, heads, kv_heads, head_dim, value_dim, left, right, torch.get_num_threads())
+
+
+def _mask(block_mask: list[Tensor] | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes and addresses of `BlockMask.tensors`."""
+    if block_mask is None:
+        return None
+    by_query, _, by_key, _, bits = block_mask
+    batch, heads, rows = by_query.shape
+    return (bits.shape[1], batch, heads, rows - 1, by_key.shape[2] - 1), tuple(x.data_ptr() for x in block_mask)
 
 
 def describe_inputs(

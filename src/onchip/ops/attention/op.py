@@ -18,9 +18,10 @@ from onchip.ops.attention.outputs import gradients_like, output_like
 
 _OPTIONAL = (
     "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float dropout_p=0.0, SymInt seed=0, str? backend=None"
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, float dropout_p=0.0, SymInt seed=0, "
+    "Tensor[]? block_mask=None, SymInt[]? mask_shape=None, str? backend=None"
 )
-_DEFAULTS = (None, None, None, None, None, 0.0, 0, None)
+_DEFAULTS = (None, None, None, None, None, 0.0, 0, None, None, None)
 
 library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor q, Tensor k, Tensor v, int left, int right, float scale, float softcap, "
@@ -91,6 +92,8 @@ def _(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: list[Tensor] | None = None,
+    mask_shape: list[int] | None = None,
     backend: str | None = None,
     *,
     batch_invariant: bool = False,
@@ -118,6 +121,8 @@ def _(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: list[Tensor] | None = None,
+    mask_shape: list[int] | None = None,
     backend: str | None = None,
     *,
     bias_grad: bool = False,
@@ -142,20 +147,22 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, backend = inputs
-        ctx.save_for_backward(*output, q, k, v, *optional)
+        _, q, k, v, left, right, scale, softcap, *optional, dropout_p, seed, block_mask, mask_shape, backend = inputs
+        ctx.save_for_backward(*output, q, k, v, *optional, *(block_mask or ()))
         ctx.settings = (left, right, scale, softcap)
-        ctx.more = (dropout_p, seed, backend)
+        ctx.more = (dropout_p, seed)
+        ctx.last = (mask_shape, backend)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *optional = ctx.saved_tensors
+        optional, block_mask = optional[:5], optional[5:] or None
         if grad_out is None and grad_lse is None:
             return (None,) * (1 + _ARGUMENTS)
         needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[8:11]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more)
+        args = (grad_out, grad_lse, out, lse, q, k, v, *ctx.settings, *optional, *ctx.more, block_mask, *ctx.last)
         asked = {"bias_grad": needs_bias, "slopes_grad": needs_slopes, "sinks_grad": needs_sinks}
         if not torch.compiler.is_compiling() and in_torch_func_grad():
             grads = _AttentionBackward.apply(asked, *args)  # type: ignore[no-untyped-call]
@@ -163,7 +170,7 @@ class _Attention(torch.autograd.Function):
             grads = _attention_backward(*args, **asked)
         wanted = (*ctx.needs_input_grad[1:4], needs_bias, needs_slopes, needs_sinks)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return (None, *kept[:3], None, None, None, None, *kept[3:], None, None, None, None, None)
+        return (None, *kept[:3], None, None, None, None, *kept[3:], *(None,) * 7)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onchip.ops.attention.block_mask import BlockMask
+
 
 def attention_with_lse(
     q: Tensor,
@@ -28,6 +30,7 @@ def attention_with_lse(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp, as `onchip.attention_with_lse` defines them; arguments already checked.
 
@@ -36,19 +39,21 @@ def attention_with_lse(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dropout = None if dropout_p == 0 else Dropout(dropout_p, seed)
+    visible = None if block_mask is None else block_mask.to_dense()
     if cu_seqlens_q is None:
-        return _dense(q, k, v, left, right, scale, softcap, bias, alibi_slopes, sinks, dropout)
+        return _dense(q, k, v, left, right, scale, softcap, bias, alibi_slopes, sinks, dropout, visible)
     assert cu_seqlens_k is not None
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     # An empty sequence first, so that no sequences at all give outputs too, with a gradient.
-    out, lse = _dense(q[None, :0], k[None, :0], v[None, :0], left, right, scale, softcap, None, None, None, None)
+    out, lse = _dense(q[None, :0], k[None, :0], v[None, :0], left, right, scale, softcap, None, None, None, None, None)
     outs, lses = [out[0]], [lse[0]]
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
         bias_b = None if bias is None else _corner(bias, b, q1 - q0, k1 - k0)
+        visible_b = None if visible is None else _corner(visible, b, q1 - q0, k1 - k0)
         slopes_b = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b]
         dropout_b = None if dropout is None else dropout._replace(first_sequence=b)
         rows = (q[None, q0:q1], k[None, k0:k1], v[None, k0:k1])
-        out, lse = _dense(*rows, left, right, scale, softcap, bias_b, slopes_b, sinks, dropout_b)
+        out, lse = _dense(*rows, left, right, scale, softcap, bias_b, slopes_b, sinks, dropout_b, visible_b)
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, dim=1)
@@ -65,8 +70,12 @@ def attention_matrix(
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, H, Tq, Tk) and log-sum-exp (B, H, Tq), both in the dtype of the arithmetic."""
+    """Probabilities (B, H, Tq, Tk) and log-sum-exp (B, H, Tq), both in the dtype of the arithmetic.
+
+    `visible` is a block mask, dense.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = _compute(q), _compute(k)
     group = q.shape[2] // max(k.shape[2], 1)
@@ -84,6 +93,8 @@ def attention_matrix(
         seen = seen & (j >= i - left)
     if right >= 0:
         seen = seen & (j <= i + right)
+    if visible is not None:
+        seen = seen & visible
     if bias is not None and bias.dtype == torch.bool:
         seen = seen & bias
     elif bias is not None:
@@ -116,6 +127,7 @@ def _dense(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     dropout: "Dropout | None",
+    visible: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     p, lse = attention_matrix(
         q,
@@ -127,6 +139,7 @@ def _dense(
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        visible=visible,
     )
     if dropout is not None:
         p = p * dropout.kept(p.shape, p.device) / (1 - dropout.p)
@@ -171,7 +184,7 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _corner(bias: Tensor, b: int, tq: int, tk: int) -> Tensor:
-    """The part of a packed call's bias that sequence b reads."""
+    """The part of a packed call's bias, or mask, that sequence b reads."""
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     bias = bias[b : b + 1] if bias.shape[0] > 1 else bias
     bias = bias[:, :, :tq] if bias.shape[2] > 1 else bias

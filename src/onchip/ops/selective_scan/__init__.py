@@ -2,20 +2,35 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from onchip.ops import _select
-from onchip.ops._sequence import WithFinalState, check_tensor
-from onchip.ops.selective_scan import checks, cpu, op, reference
+from onchip.ops import _select, _triton
+from onchip.ops._sequence import STATE_DTYPES, WithFinalState, check_tensor
+from onchip.ops.selective_scan import checks, cpu, op, reference, step
 from onchip.ops.selective_scan.arguments import Call
 
-Backend = Literal["cpu", "reference"]
+Backend = Literal["cpu", "triton", "reference"]
+
+TRITON_MAX_STATES = 256
+
+
+def _triton_limits(x: Tensor, *more: Tensor) -> str | None:
+    # Here and not beside the kernels, which are not imported before one of them runs.
+    if x.dtype == torch.float64:
+        return "it computes in float32, and the call is in float64"
+    if more and more[1].shape[1] > TRITON_MAX_STATES:
+        return (
+            f"it holds a channel's states in registers, up to {TRITON_MAX_STATES}, and the call has {more[1].shape[1]}"
+        )
+    return _triton.limits(x.device)
+
 
 IMPLEMENTATIONS = (
     _select.Implementation("cpu", cpu.limits, devices=("cpu", "meta")),
+    _select.Implementation("triton", _triton_limits, _triton.DEVICES, on_request=_triton.interpreted_on()),
     _select.Implementation("reference"),
 )
-STEPS = (_select.Implementation("reference"),)
 
 
 @overload
@@ -95,8 +110,8 @@ def selective_scan(
         return_final_state: also return h after the last token.
         cu_seqlens: `(sequences + 1,)` int32 or int64, from 0 to total without descending: where each packed sequence
             begins. Each begins with its own initial state.
-        backend: "reference" asks for an implementation and raises where it cannot serve; by default the fastest that
-            can. See `onchip.explain`.
+        backend: "cpu", "triton" or "reference" asks for an implementation and raises where it cannot serve; by default
+            the fastest that can. See `onchip.explain`. The kernels in Triton go to N = 256.
 
     Returns:
         The output, as x; with `return_final_state` a named tuple `(out, final_state)`, the state in float32 (float64
@@ -158,7 +173,7 @@ def selective_scan_step(
         A, D, dt_bias, dt_softplus: as of `selective_scan`.
         B_t, C_t: `(B, G, N)`.
         out_state: where to write h', of state's shape and one of its dtypes; it may be `state` itself, which is then
-            updated in place. Not differentiable. By default h' is a new tensor, in float32 (float64).
+            updated in place. By default h' is a new tensor, in float32 (float64).
         backend: as of `selective_scan`.
 
     Returns:
@@ -167,9 +182,9 @@ def selective_scan_step(
     Raises:
         ValueError: shapes or values that do not fit, naming the argument, what was expected and what came.
         TypeError: dtypes or devices that do not fit.
-        RuntimeError: a gradient is asked for of a call with `out_state`.
 
     Numerics and source: as of `selective_scan`. Cost: B·D·N exponentials; the state is read once and written once.
+    Where a gradient is asked for, the reference runs.
 
     >>> import torch, onchip
     >>> x, dt, B, C = torch.randn(2, 8), torch.rand(2, 8), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
@@ -179,16 +194,16 @@ def selective_scan_step(
     (torch.Size([2, 8]), torch.Size([2, 8, 4]))
     """
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
-    _select.choose("selective_scan_step", STEPS, backend, x_t, state, dt_t, A, B_t, C_t)
-    y, h = reference.selective_scan_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus)
+    tensors = (x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias)
+    in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t, dt_t, A) == "reference"
+    if in_reference or step.differentiated(*tensors):
+        y_t, new = reference.selective_scan_step(*tensors, dt_softplus)
+        return y_t, new if out_state is None else out_state.copy_(new)
     if out_state is None:
-        return y, h
-    if y.requires_grad or h.requires_grad:
-        raise RuntimeError(
-            "selective_scan_step writes out_state without a gradient, and one is asked for: leave out_state out, or "
-            "call it under torch.no_grad()"
-        )
-    return y, out_state.copy_(h)
+        out_state = state.to(STATE_DTYPES[x_t.dtype], copy=True)
+    elif out_state is not state:
+        out_state.copy_(state)
+    return step.step(x_t, out_state, *tensors[2:], dt_softplus, backend), out_state
 
 
 def selective_scan_matrix(
@@ -226,4 +241,4 @@ def selective_scan_matrix(
 
 
 _select.register(selective_scan, IMPLEMENTATIONS, tensors=5)
-_select.register(selective_scan_step, STEPS, tensors=6)
+_select.register(selective_scan_step, IMPLEMENTATIONS, tensors=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from onchip.ops._sequence import STATE_DTYPES
 
-CHUNK = 64  # tokens between two states that the backward pass finds saved
+CHUNK = 32  # tokens between two states that the backward pass finds saved
 
 
 class Call(NamedTuple):
@@ -38,14 +38,20 @@ class Call(NamedTuple):
     def results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The output, the final state, and the states before every chunk, `(rows, N, D)`: no rows unless to `save`.
 
-        A sequence that begins with token t of all has its rows from t // CHUNK + its number on.
+        There are rows enough for any lengths of packed sequences: one that begins with token t of all may have its own
+        from t // CHUNK + its number on. What remains is zero.
         """
         channels, states = self.A.shape
-        rows = self.x.shape[:-1].numel() // CHUNK + self.sequences if save else 0
+        rows = 0
+        if save and self.cu_seqlens is None:
+            rows = self.sequences * -(-self.x.shape[1] // CHUNK)
+        elif save:
+            rows = self.x.shape[0] // CHUNK + self.sequences
+        make = self.x.new_empty if self.cu_seqlens is None else self.x.new_zeros
         return (
             self.x.new_empty(self.x.shape),
             self.x.new_empty(self.sequences, channels, states, dtype=self.wide),
-            self.x.new_empty(rows, states, channels, dtype=self.wide),
+            make((rows, states, channels), dtype=self.wide),
         )
 
     def gradients(self) -> tuple[Tensor, ...]:

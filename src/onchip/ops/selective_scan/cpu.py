@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _native
+from onchip.ops._native import Described, describe
 from onchip.ops._sequence import boundaries
 from onchip.ops.selective_scan.arguments import CHUNK, Call
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_Described = tuple[int, int, int, int, int, int]
 
 
 def limits(*tensors: Tensor) -> str | None:
@@ -34,20 +32,20 @@ def backward(grad_out: Tensor, grad_state: Tensor | None, checkpoints: Tensor, c
     blocks = _native.kernels.selective_scan_blocks(channels, call.B.shape[-2], call.wide == torch.float64)
     partial = checkpoints.new_empty(2, blocks, call.x.shape[:-1].numel(), states)
     sizes, starts, tensors = _problem(call, None, None, checkpoints)
-    given = _per_token(grad_out, call), None if grad_state is None else _described(grad_state)
+    given = _per_token(grad_out, call), None if grad_state is None else describe(grad_state)
     gradients = (
         *given,
         _per_token(x, call),
         _per_token(dt, call),
-        _described(per_sequence[0]),
-        _described(B.flatten(0, -3)),
-        _described(C.flatten(0, -3)),
-        _described(per_sequence[1]),
+        describe(per_sequence[0]),
+        describe(B.flatten(0, -3)),
+        describe(C.flatten(0, -3)),
+        describe(per_sequence[1]),
         None if call.z is None else _per_token(z, call),
-        _described(per_sequence[2]),
-        None if call.initial_state is None else _described(initial_state),
-        _described(partial[0]),
-        _described(partial[1]),
+        describe(per_sequence[2]),
+        None if call.initial_state is None else describe(initial_state),
+        describe(partial[0]),
+        describe(partial[1]),
     )
     _native.kernels.selective_scan_backward(sizes, starts, tensors, gradients)
     for grad, parameter, each in zip((A, D, dt_bias), (call.A, call.D, call.dt_bias), per_sequence, strict=True):
@@ -56,9 +54,30 @@ def backward(grad_out: Tensor, grad_state: Tensor | None, checkpoints: Tensor, c
     return grads
 
 
+def step(
+    x: Tensor,
+    state: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """A step's output on the CPU; `state` is updated in place."""
+    out = torch.empty_like(x)
+    sizes = (x.shape[0], 1, *A.shape, B.shape[1], CHUNK, dt_softplus, torch.get_num_threads())
+    optional = tuple(None if u is None else describe(u) for u in (D, z, dt_bias))
+    given = (describe(x), describe(dt), describe(A), describe(B), describe(C), *optional)
+    _native.kernels.selective_scan_step(sizes, (*given, None, describe(out), describe(state), None))
+    return out
+
+
 def _problem(
     call: Call, out: Tensor | None, final_state: Tensor | None, checkpoints: Tensor | None
-) -> tuple[tuple[int, ...], list[int], tuple[_Described | None, ...]]:
+) -> tuple[tuple[int, ...], list[int], tuple[Described | None, ...]]:
     """Sizes, the boundaries of packed sequences, and tensors, as the kernels take them."""
     rows = call.x.shape[:-1].numel()
     starts = [] if call.cu_seqlens is None else boundaries(call.cu_seqlens, rows)
@@ -67,7 +86,7 @@ def _problem(
     tensors = (
         _per_token(call.x, call),
         _per_token(call.dt, call),
-        _described(call.A),
+        describe(call.A),
         _per_token(call.B, call),
         _per_token(call.C, call),
         _optional(call.D),
@@ -81,15 +100,10 @@ def _problem(
     return sizes, starts, tensors
 
 
-def _described(x: Tensor, *before: int) -> _Described:
-    strides = (*before, *x.stride(), 0, 0, 0)[:4]
-    return (x.data_ptr(), _DTYPES[x.dtype], *strides)  # type: ignore[return-value]
+def _optional(x: Tensor | None) -> Described | None:
+    return None if x is None else describe(x)
 
 
-def _optional(x: Tensor | None) -> _Described | None:
-    return None if x is None else _described(x)
-
-
-def _per_token(x: Tensor, call: Call) -> _Described:
+def _per_token(x: Tensor, call: Call) -> Described:
     """A tensor `(batch, time, …)`, packed ones in a batch of one."""
-    return _described(x) if call.cu_seqlens is None else _described(x, 0)
+    return describe(x, packed=call.cu_seqlens is not None)

@@ -35,19 +35,20 @@ def selective_scan(call: Call, backend: str | None) -> _Results:
     return cast(_Results, _selective_scan(*call, False, backend))
 
 
-def _implementation(x: Tensor, backend: str | None) -> Any:
+def implementation(x: Tensor, backend: str | None) -> Any:
+    """The module that serves a call on x's device."""
     # Imported late: it brings Triton, for which `import onchip` should not wait.
     return import_module("onchip.ops.selective_scan.triton") if x.is_cuda or backend == "triton" else cpu
 
 
 def _forward(*args: Any) -> _Results:
     call, save, backend = _split(args, 12)
-    return cast(_Results, _implementation(call.x, backend).forward(call, save[0]))
+    return cast(_Results, implementation(call.x, backend).forward(call, save[0]))
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     call, _, backend = _split(args[3:], 11)
-    return cast(tuple[Tensor, ...], _implementation(call.x, backend).backward(*args[:3], call))
+    return cast(tuple[Tensor, ...], implementation(call.x, backend).backward(*args[:3], call))
 
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[Call, tuple[Any, ...], str | None]:

@@ -2,7 +2,7 @@
 
 `arguments` says what the kernels are given, `launches` builds each pass. The kernels (`attend`, `gradients`,
 `bias_gradient`) are made of parts with one subject each: `schedule` (which tile, which keys), `tiles` (memory),
-`scores` (logits and mask), `softmax`, `dropout`. Every sum has one order: the same bits on every run.
+`scores` (logits and mask), `block_mask`, `softmax`, `dropout`. Every sum has one order: the same bits on every run.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _triton
+from onchip.ops.attention.block_mask import BlockMask
 from onchip.ops.attention.outputs import gradients_like, output_like
 from onchip.ops.attention.triton import launches
 from onchip.ops.attention.triton.arguments import along_time
@@ -73,6 +74,8 @@ def _call(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    block_mask: list[Tensor] | None = None,
+    mask_shape: list[int] | None = None,
     *,
     batch_invariant: bool = False,
 ) -> Call:
@@ -80,10 +83,11 @@ def _call(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         lengths = q.shape[1], k.shape[1]
     else:
-        lengths = longest(q, k, bias, cu_seqlens_q, cu_seqlens_k)
+        lengths = longest(q, k, bias, cu_seqlens_q, cu_seqlens_k, mask_shape)
     q, k, v = along_time(q), along_time(k), along_time(v)
     settings = (left, right, scale, softcap, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    return Call(q, k, v, *settings, lengths, _triton.architecture(q.device), dropout_p, seed, batch_invariant)
+    mask = None if block_mask is None or mask_shape is None else BlockMask.of_tensors(block_mask, mask_shape)
+    return Call(q, k, v, *settings, lengths, _triton.architecture(q.device), dropout_p, seed, mask, batch_invariant)
 
 
 def _bias_gradient(call: Call, saved: Saved) -> Tensor:

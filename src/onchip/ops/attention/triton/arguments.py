@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onchip.ops.attention.block_mask import Lists
+
 FAR = 1 << 30  # a window's reach beyond any sequence, and positions may be added to it
 
 
@@ -119,12 +121,34 @@ class Sequences(NamedTuple):
         return cls(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), batch, batch.bit_length())
 
 
+class Mask(NamedTuple):
+    """The lists of a block mask along one axis, and its bits; stride 0 where one list serves all.
+
+    `steps` halvings find a tile on any list.
+    """
+
+    starts: Any = None
+    entries: Any = None
+    bits: Any = None
+    batch: int = 0
+    head: int = 0
+    steps: int = 0
+
+    @classmethod
+    def of(cls, lists: Lists, bits: Tensor, others: int) -> "Mask":
+        """Of lists on which stand up to so many tiles."""
+        strides = (0 if n == 1 else stride for n, stride in zip(lists.starts.shape, lists.starts.stride(), strict=True))
+        batch, head, _ = strides
+        return cls(*lists, bits, batch, head, others.bit_length())
+
+
 class Features(NamedTuple):
     """What is known when a kernel is compiled.
 
     The widths are those of the tiles that hold the head dims. `left` and `right`: whether the window ends there.
     `softcap`, `dropout`: whether there is any. `folded`: whether the factor of q·k, being positive and all that happens
-    to it, waits until the exponential. `precision`: of products in float32.
+    to it, waits until the exponential. `precision`: of products in float32. `block`: of the block mask, 0 without one;
+    with one a tile's rows are queries of one head, so that the group is of one, and `shared` heads have the same keys.
     """
 
     group: int
@@ -138,6 +162,8 @@ class Features(NamedTuple):
     folded: bool
     precision: str
     dropout: bool = False
+    block: int = 0
+    shared: int = 1
 
 
 class Factors(NamedTuple):

@@ -10,13 +10,13 @@ GPU: where it stands against the floor is not known.
 import triton
 import triton.language as tl
 
-from onchip.ops.attention.triton import dropout, pages, schedule, scores, softmax, tiles
+from onchip.ops.attention.triton import block_mask, dropout, pages, schedule, scores, softmax, tiles
 from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.softmax import LN2
 
 
-@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right", "splits", "split_size"])
+@triton.jit(do_not_specialize=["slots", "groups", "tq", "tk", "left", "right", "splits", "split_size"])
 def attend(
     q,
     k,
@@ -27,8 +27,9 @@ def attend(
     slopes,
     sinks,
     sequences,
+    mask,
     slots,
-    heads_kv,
+    groups,
     tq,
     tk,
     left,
@@ -48,15 +49,16 @@ def attend(
     JOIN: without SPLIT, of all splits one after the other, joined as `combine` does: the same bits.
     """
     pid = tl.program_id(0)
-    split, kv_head, slot = pid % splits, pid // splits % heads_kv, pid // splits // heads_kv
+    split, group, slot = pid % splits, pid // splits % groups, pid // splits // groups
     place, tile, exists = schedule.row_tile(slot, slots, sequences, tq, tk, F, BLOCK_M)
     if not exists:
         return
     window, terms = Window(left, right), Terms(bias, slopes, sinks)
-    rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
+    rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), group, terms, place, F)
     time = place.q_start + rows.query
     first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
     seen = schedule.keys_seen(first, tl.minimum(last, place.tq - 1), place, window, F, BLOCK_N)
+    given, kv_head = (k, v, sequences, mask, block_mask.list_of(mask, place, group, first, F)), group // F.shared
     q_start = tiles.offsets(q, place.b, time, rows.head)
     q_tile = tiles.load(q, q_start, rows.inside, F.head_dim, F.head_width, True)
     if SPLIT or not JOIN:
@@ -64,7 +66,7 @@ def attend(
             stop = tl.where(split == splits - 1, place.tk, split * split_size + split_size)  # however long it really is
             seen = schedule.within(seen, split * split_size, stop)
         result, logarithm = _part(
-            seen, split == 0, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_M, BLOCK_N
+            seen, split == 0, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_M, BLOCK_N
         )
     else:
         maximum, total = softmax.begin(None, rows.head, False, BLOCK_M)
@@ -73,9 +75,8 @@ def attend(
         for begin in range(0, tl.maximum(seen[3], 1), split_size):
             of_part = schedule.within(seen, begin, begin + split_size)
             part, logarithm = _part(
-                of_part, begin == 0, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors,
-                F, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+                of_part, begin == 0, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_M, BLOCK_N
+            )
             maximum, total, result = softmax.join(maximum, total, result, logarithm, part)
         share, logarithm = softmax.finish(maximum, total)
         result *= share[:, None]
@@ -92,24 +93,20 @@ def attend(
 
 @triton.jit
 def _part(
-    seen, is_first, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors,
+    seen, is_first, q_tile, rows, given, terms, kv_head, place, window, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The output over the keys `seen`, and the log-sum-exp in units of log 2; the sink is in the first part."""
-    start, whole, ragged, stop = seen
+    start, whole, ragged, stop = block_mask.walk(given[3], given[4], seen, F)
     maximum, total = softmax.begin(terms.sinks, rows.head, is_first, BLOCK_M)
     VALUE_WIDTH: tl.constexpr = F.value_width
     carry = (maximum, total, tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32))
     if F.left:
         carry = _keys(
-            carry, start, whole, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, True
+            carry, start, whole, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_N, True
         )
-    carry = _keys(
-        carry, whole, ragged, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, False
-    )
-    carry = _keys(
-        carry, ragged, stop, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors, F, BLOCK_N, True
-    )
+    carry = _keys(carry, whole, ragged, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_N, False)
+    carry = _keys(carry, ragged, stop, q_tile, rows, given, terms, kv_head, place, window, factors, F, BLOCK_N, True)
     maximum, total, weighted = carry
     share, logarithm = softmax.finish(maximum, total)
     if F.dropout:
@@ -119,16 +116,18 @@ def _part(
 
 @triton.jit
 def _keys(
-    carry, start, stop, q_tile, rows, k, v, sequences, terms, kv_head, place, window, factors,
+    carry, start, stop, q_tile, rows, given, terms, kv_head, place, window, factors,
     F: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the keys from start to stop."""
+    """Attend to the keys at the positions from start to stop."""
+    k, v, sequences, mask, entries = given
     maximum, total, weighted = carry
     factor = 1.0
     if F.folded:
         factor = factors.logit
     along = scores.along(rows, terms, 1)
-    for first in range(start, stop, BLOCK_N):
+    for position in range(start, stop, BLOCK_N):
+        first, bits = block_mask.at(mask, entries, position, F)
         j = first + tl.arange(0, BLOCK_N)
         inside = j < place.tk
         b, time = pages.find(sequences, place, j, inside)
@@ -136,6 +135,7 @@ def _keys(
         k_tile = tiles.load(k, k_start, inside, F.head_dim, F.head_width, MASKED)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)
         s = scores.logits(products, along, j[None, :], terms, place, window, factors, F, MASKED)
+        s = block_mask.hide(s, mask, bits, along.query, j[None, :], F)
         p, maximum, total, shrink = softmax.step(maximum, total, s, factor)
         if F.dropout:
             p = tl.where(dropout.kept(first, along, place, factors, BLOCK_N, False), p, 0.0)

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from onchip.ops.attention.triton import gradients, schedule, scores
+from onchip.ops.attention.triton import block_mask, gradients, schedule, scores
 from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "own_batch", "own_heads", "tq", "tk", "left", "right"])
 def grad_bias(
-    q, k, v, grad_out, lse, delta, grad, bias, slopes, sinks, sequences,
+    q, k, v, grad_out, lse, delta, grad, bias, slopes, sinks, sequences, mask,
     batch, heads, own_batch, own_heads, tq, tk, left, right, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def grad_bias(
         place = schedule.place_of(sequences, own_b + other_b, tq, tk)
         for other_head in range(tl.where(own_heads == 1, heads, 1)):
             total = _head(
-                total, own_head + other_head, first_query, first_key, given, k, v, terms, place, window,
+                total, own_head + other_head, first_query, first_key, given, k, v, mask, terms, place, window,
                 factors, F, BLOCK_M, BLOCK_N, PER_QUERY, PER_KEY,
             )  # fmt: skip
     query, key = first_query + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
@@ -56,7 +56,7 @@ def grad_bias(
 
 @triton.jit
 def _head(
-    total, head, first_query, first_key, given, k, v, terms, place, window, factors,
+    total, head, first_query, first_key, given, k, v, mask, terms, place, window, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
 ):  # fmt: skip
     """Add one head of one sequence."""
@@ -68,17 +68,18 @@ def _head(
         rows = scores.rows_of(row, head // F.group, terms, place, F)
         q_tile, grad_tile, lse, delta = gradients.load_rows(given, rows, place, F, True)
         along = scores.along(rows, terms, 1)
-        start, _whole, _ragged, stop = schedule.keys_seen(
-            first, tl.minimum(first + BLOCK_M, stop_query) - 1, place, window, F, BLOCK_N
-        )
+        seen = schedule.keys_seen(first, tl.minimum(first + BLOCK_M, stop_query) - 1, place, window, F, BLOCK_N)
         if PER_KEY:
-            start, stop = tl.maximum(start, first_key), tl.minimum(stop, first_key + BLOCK_N)
-        for first_j in range(start, stop, BLOCK_N):
+            seen = schedule.within(seen, first_key, first_key + BLOCK_N)
+        entries = block_mask.list_of(mask, place, head, first, F)
+        start, _whole, _ragged, stop = block_mask.walk(mask, entries, seen, F)
+        for position in range(start, stop, BLOCK_N):
+            first_j, bits = block_mask.at(mask, entries, position, F)
             j = first_j + tl.arange(0, BLOCK_N)
-            k_tile, v_tile = gradients.load_keys(k, v, j, head // F.group, place, F, True)
+            k_tile, v_tile = gradients.load_keys(k, v, j, head // (F.group * F.shared), place, F, True)
             _products, _p, grad_s = gradients.score_gradient(
                 q_tile, k_tile, grad_tile, v_tile, lse[:, None], delta[:, None],
-                along, first_j, j[None, :], terms, place, window, factors, F, True,
+                along, first_j, j[None, :], terms, place, window, factors, mask, bits, F, True,
             )  # fmt: skip
             if PER_QUERY and PER_KEY:
                 total += grad_s

@@ -62,7 +62,7 @@ _INTERPRETER = Blocks(32, 64, 1, 1)  # several tiles over the few rows that a te
 def blocks(architecture: str, of: Pass, head_dim: int, itemsize: int, *, terms: bool) -> Blocks:
     """The tile for a pass over heads of this dim and elements of this size.
 
-    `terms`: whether logits are more than scaled products, or probabilities are dropped. That takes registers, so the
+    `terms`: whether logits are more than scaled products, or hidden or dropped one by one. That takes registers, so the
     tile is that of heads twice as wide; the bias's gradient has it in its own table already. So is the tile of heads of
     256 where there are 99 KB of shared memory and not 163.
 

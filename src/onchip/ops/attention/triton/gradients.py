@@ -16,7 +16,7 @@ compiled and interpreted, and not run on a GPU.
 import triton
 import triton.language as tl
 
-from onchip.ops.attention.triton import dropout, schedule, scores, tiles
+from onchip.ops.attention.triton import block_mask, dropout, schedule, scores, tiles
 from onchip.ops.attention.triton.arguments import Terms
 from onchip.ops.attention.triton.schedule import Window
 from onchip.ops.attention.triton.scores import LOG2E
@@ -39,7 +39,7 @@ def deltas(out, grad_out, grad_lse, delta, rows, heads, times, F: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right"])
 def keys_and_values(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, bias, slopes, sinks, sequences,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, bias, slopes, sinks, sequences, mask,
     slots, heads_kv, tq, tk, left, right, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -56,15 +56,22 @@ def keys_and_values(
     k_tile, v_tile = load_keys(k, v, j, kv_head, place, F, True)
     held = (first_key, j, k_tile, v_tile)
     last = tl.minimum(first_key + BLOCK_N - 1, place.tk - 1)
-    start, whole, ragged, stop = schedule.rows_seeing(first_key, last, place, window, F, BLOCK_M)
+    seen = schedule.rows_seeing(first_key, last, place, window, F, BLOCK_M)
     HEAD_WIDTH: tl.constexpr = F.head_width
     VALUE_WIDTH: tl.constexpr = F.value_width
     sums = (tl.zeros([BLOCK_N, HEAD_WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
     given = (q, grad_out, lse, delta)
-    if F.right:
-        sums = _rows(sums, start, whole, held, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
-    sums = _rows(sums, whole, ragged, held, given, terms, kv_head, place, window, factors, F, BLOCK_M, False)
-    sums = _rows(sums, ragged, stop, held, given, terms, kv_head, place, window, factors, F, BLOCK_M, True)
+    for member in range(F.shared):
+        group = kv_head * F.shared + member
+        entries = block_mask.list_of(mask, place, group, first_key, F)
+        start, whole, ragged, stop = block_mask.walk(mask, entries, seen, F)
+        listed = (mask, entries)
+        if F.right:
+            sums = _rows(
+                sums, start, whole, held, given, listed, terms, group, place, window, factors, F, BLOCK_M, True
+            )
+        sums = _rows(sums, whole, ragged, held, given, listed, terms, group, place, window, factors, F, BLOCK_M, False)
+        sums = _rows(sums, ragged, stop, held, given, listed, terms, group, place, window, factors, F, BLOCK_M, True)
     k_start = tiles.offsets(grad_k, place.b, place.k_start + j, kv_head)
     v_start = tiles.offsets(grad_v, place.b, place.k_start + j, kv_head)
     grad_keys, grad_values = sums
@@ -76,19 +83,21 @@ def keys_and_values(
 
 @triton.jit
 def _rows(
-    sums, start, stop, held, given, terms, kv_head, place, window, factors,
+    sums, start, stop, held, given, listed, terms, group, place, window, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows from start to stop give. Keys beyond the last go along: what they gather is not stored."""
+    """Add what the rows at these positions give. Keys beyond the last go along: what they gather is not stored."""
     grad_k, grad_v = sums
     first_key, j, k_tile, v_tile = held
-    for first in range(start, stop, BLOCK_M):
-        rows = scores.rows_of(first + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
+    mask, entries = listed
+    for position in range(start, stop, BLOCK_M):
+        first, bits = block_mask.at(mask, entries, position, F)
+        rows = scores.rows_of(first + tl.arange(0, BLOCK_M), group, terms, place, F)
         q_tile, grad_tile, lse, delta = load_rows(given, rows, place, F, MASKED)
         across = scores.along(rows, terms, 0)
         products, p, grad_s = score_gradient(
             k_tile, q_tile, v_tile, grad_tile, lse[None, :], delta[None, :],
-            across, first_key, j[:, None], terms, place, window, factors, F, MASKED,
+            across, first_key, j[:, None], terms, place, window, factors, mask, bits, F, MASKED,
         )  # fmt: skip
         if F.softcap:
             grad_s *= scores.cap_derivative(products, factors)
@@ -97,33 +106,38 @@ def _rows(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["slots", "heads_kv", "tq", "tk", "left", "right"])
+@triton.jit(do_not_specialize=["slots", "groups", "tq", "tk", "left", "right"])
 def queries(
-    q, k, v, grad_out, lse, delta, grad_q, grad_slopes, bias, slopes, sinks, sequences,
-    slots, heads_kv, tq, tk, left, right, factors,
+    q, k, v, grad_out, lse, delta, grad_q, grad_slopes, bias, slopes, sinks, sequences, mask,
+    slots, groups, tq, tk, left, right, factors,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program computes the gradients of BLOCK_M rows, and where asked what each gives to ALiBi's slope."""
     pid = tl.program_id(0)
-    kv_head, slot = pid % heads_kv, pid // heads_kv
+    group, slot = pid % groups, pid // groups
     place, tile, exists = schedule.row_tile(slot, slots, sequences, tq, tk, F, BLOCK_M)
     if not exists:
         return
     window, terms = Window(left, right), Terms(bias, slopes, sinks)
-    rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), kv_head, terms, place, F)
+    rows = scores.rows_of(tile * BLOCK_M + tl.arange(0, BLOCK_M), group, terms, place, F)
     held = load_rows((q, grad_out, lse, delta), rows, place, F, True)
     first, last = tile * BLOCK_M // F.group, (tile * BLOCK_M + BLOCK_M - 1) // F.group
     last = tl.minimum(last, place.tq - 1)
-    start, whole, ragged, stop = schedule.keys_seen(first, last, place, window, F, BLOCK_N)
+    entries = block_mask.list_of(mask, place, group, first, F)
+    seen = schedule.keys_seen(first, last, place, window, F, BLOCK_N)
+    start, whole, ragged, stop = block_mask.walk(mask, entries, seen, F)
+    given, kv_head = (k, v, mask, entries), group // F.shared
     HEAD_WIDTH: tl.constexpr = F.head_width
     sums = (tl.zeros([BLOCK_M, HEAD_WIDTH], tl.float32), tl.zeros([BLOCK_M], tl.float32))
     rows_along = scores.along(rows, terms, 1)
     if F.left:
         sums = _keys(
-            sums, start, whole, held, rows_along, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True
+            sums, start, whole, held, rows_along, given, terms, kv_head, place, window, factors, F, BLOCK_N, True
         )
-    sums = _keys(sums, whole, ragged, held, rows_along, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, False)
-    sums = _keys(sums, ragged, stop, held, rows_along, k, v, terms, kv_head, place, window, factors, F, BLOCK_N, True)
+    sums = _keys(
+        sums, whole, ragged, held, rows_along, given, terms, kv_head, place, window, factors, F, BLOCK_N, False
+    )
+    sums = _keys(sums, ragged, stop, held, rows_along, given, terms, kv_head, place, window, factors, F, BLOCK_N, True)
     time = place.q_start + rows.query
     start = tiles.offsets(grad_q, place.b, time, rows.head)
     tiles.store(grad_q, start, rows.inside, sums[0] * factors.scale, F.head_dim, F.head_width)
@@ -133,18 +147,20 @@ def queries(
 
 @triton.jit
 def _keys(
-    sums, start, stop, held, rows, k, v, terms, kv_head, place, window, factors,
+    sums, start, stop, held, rows, given, terms, kv_head, place, window, factors,
     F: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys from start to stop give."""
+    """Add what the keys at the positions from start to stop give."""
     grad_q, distances = sums
     q_tile, grad_tile, lse, delta = held
-    for first in range(start, stop, BLOCK_N):
+    k, v, mask, entries = given
+    for position in range(start, stop, BLOCK_N):
+        first, bits = block_mask.at(mask, entries, position, F)
         j = first + tl.arange(0, BLOCK_N)
         k_tile, v_tile = load_keys(k, v, j, kv_head, place, F, MASKED)
         products, _p, grad_s = score_gradient(
             q_tile, k_tile, grad_tile, v_tile, lse[:, None], delta[:, None],
-            rows, first, j[None, :], terms, place, window, factors, F, MASKED,
+            rows, first, j[None, :], terms, place, window, factors, mask, bits, F, MASKED,
         )  # fmt: skip
         if terms.slopes.ptr is not None:
             distances += tl.sum(grad_s * tl.abs(rows.position - j[None, :]).to(tl.float32), 1)
@@ -186,7 +202,7 @@ def load_keys(k, v, j, kv_head, place, F: tl.constexpr, CHECKED: tl.constexpr):
 
 @triton.jit
 def score_gradient(
-    a, b, grad_a, grad_b, lse, delta, rows, first, j, terms, place, window, factors,
+    a, b, grad_a, grad_b, lse, delta, rows, first, j, terms, place, window, factors, mask, bits,
     F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(products, p, grad_s) of a tile whose keys j begin at `first`; p is zero where dropped.
@@ -198,6 +214,7 @@ def score_gradient(
         factor = factors.logit
     products = tl.dot(a, tl.trans(b), input_precision=F.precision)
     s = scores.logits(products, rows, j, terms, place, window, factors, F, MASKED)
+    s = block_mask.hide(s, mask, bits, rows.query, j, F)
     p = tl.exp2(s * factor - lse)
     grad_p = tl.dot(grad_a, tl.trans(grad_b), input_precision=F.precision)
     if F.dropout:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from onchip.ops._triton import Launch
+from onchip.ops.attention.block_mask import BlockMask
 from onchip.ops.attention.triton import bias_gradient, gradients
 from onchip.ops.attention.triton.arguments import (
     FAR,
     Bias,
     Factors,
     Features,
+    Mask,
     Parts,
     Rows,
     Sequences,
@@ -50,6 +52,7 @@ class Call:
     architecture: str
     dropout_p: float = 0.0
     seed: int = 0
+    block_mask: BlockMask | None = None
     batch_invariant: bool = False
 
     @property
@@ -72,7 +75,7 @@ class Call:
         """What the kernels are compiled for."""
         head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
         return Features(
-            group=self.heads // self.heads_kv,
+            group=1 if self.block_mask is not None else self.heads // self.heads_kv,
             head_dim=head_dim,
             head_width=padded(head_dim),
             value_dim=value_dim,
@@ -83,6 +86,8 @@ class Call:
             folded=self.scale > 0 and self.softcap == 0 and self.bias is None and self.alibi_slopes is None,
             precision=precision(self.q.dtype),
             dropout=self.dropout_p > 0,
+            block=0 if self.block_mask is None else self.block_mask.block,
+            shared=1 if self.block_mask is None else self.heads // self.heads_kv,
         )
 
     @property
@@ -97,6 +102,20 @@ class Call:
         return Terms.of(self.bias, self.alibi_slopes, self.sinks)
 
     @property
+    def groups(self) -> int:
+        """Of heads whose queries make up the rows of a tile."""
+        return self.heads // self.features.group
+
+    @property
+    def masks(self) -> tuple[Mask, Mask]:
+        """The block mask's lists by query and by key."""
+        x = self.block_mask
+        if x is None:
+            return Mask(), Mask()
+        tiles_q, tiles_k = x.by_query.starts.shape[2] - 1, x.by_key.starts.shape[2] - 1
+        return Mask.of(x.by_query, x.bits, tiles_k), Mask.of(x.by_key, x.bits, tiles_q)
+
+    @property
     def sequences(self) -> Sequences:
         """Where packed sequences begin."""
         return Sequences.of(self.cu_seqlens_q, self.cu_seqlens_k)
@@ -105,9 +124,12 @@ class Call:
         """The tile of a pass."""
         features = self.features
         head_dim = max(features.head_dim, features.value_dim)
-        terms = features.softcap or self.bias is not None or self.alibi_slopes is not None
+        terms = features.softcap or self.bias is not None or self.alibi_slopes is not None or features.block > 0
         terms = terms or features.dropout or self.batch_invariant  # which takes a second accumulator
-        return blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms)
+        shape = blocks(self.architecture, of, head_dim, self.q.itemsize, terms=terms)
+        if features.block > 0:
+            shape = shape._replace(rows=min(shape.rows, features.block), keys=min(shape.keys, features.block))
+        return shape
 
     def slots(self, x: Tensor, per_time: int, block: int) -> tuple[int, int]:
         """How many tiles the rows of `x` make: of one sequence (of all, where packed), and of all."""
@@ -150,10 +172,10 @@ def _attend(call: Call, out: Rows | Parts, lse: Rows | Parts, splits: int, shape
     *sizes, factors, features = call.shared
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), out, lse, *call.terms, call.sequences,
-        slots, call.heads_kv, *sizes, splits, SPLIT_SIZE, factors, features, shape.rows, shape.keys,
-        splits > 1, call.batch_invariant,
+        call.masks[0], slots, call.groups, *sizes, splits, SPLIT_SIZE,
+        factors, features, shape.rows, shape.keys, splits > 1, call.batch_invariant,
     )  # fmt: skip
-    return Launch(attend_kernel, (all_slots * call.heads_kv * splits,), arguments, shape.warps, shape.stages)
+    return Launch(attend_kernel, (all_slots * call.groups * splits,), arguments, shape.warps, shape.stages)
 
 
 def deltas(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
@@ -183,7 +205,7 @@ def keys_and_values(call: Call, saved: Saved, grad_k: Tensor, grad_v: Tensor) ->
     slots, all_slots = call.slots(call.k, 1, shape.keys)
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views, Rows.of(grad_k), Rows.of(grad_v),
-        *call.terms, call.sequences, slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
+        *call.terms, call.sequences, call.masks[1], slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
     )  # fmt: skip
     return Launch(gradients.keys_and_values, (all_slots * call.heads_kv,), arguments, shape.warps, shape.stages)
 
@@ -195,9 +217,9 @@ def queries(call: Call, saved: Saved, grad_q: Tensor, grad_slopes: Tensor | None
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views,
         Rows.of(grad_q), Rows.of_lse(grad_slopes),
-        *call.terms, call.sequences, slots, call.heads_kv, *call.shared, shape.rows, shape.keys,
+        *call.terms, call.sequences, call.masks[0], slots, call.groups, *call.shared, shape.rows, shape.keys,
     )  # fmt: skip
-    return Launch(gradients.queries, (all_slots * call.heads_kv,), arguments, shape.warps, shape.stages)
+    return Launch(gradients.queries, (all_slots * call.groups,), arguments, shape.warps, shape.stages)
 
 
 def bias(call: Call, saved: Saved, grad: Tensor, *, per_query: bool, per_key: bool) -> Launch:
@@ -208,7 +230,8 @@ def bias(call: Call, saved: Saved, grad: Tensor, *, per_query: bool, per_key: bo
     tiles = (-(-tq // shape.rows) if per_query else 1) * (-(-tk // shape.keys) if per_key else 1)
     arguments = (
         *(Rows.of(x) for x in (call.q, call.k, call.v)), *saved.views, Bias.of(grad), *call.terms, call.sequences,
-        call.batch, call.heads, own_batch, own_heads, *call.shared, shape.rows, shape.keys, per_query, per_key,
+        call.masks[0], call.batch, call.heads, own_batch, own_heads, *call.shared, shape.rows, shape.keys,
+        per_query, per_key,
     )  # fmt: skip
     return Launch(bias_gradient.grad_bias, (tiles * own_batch * own_heads,), arguments, shape.warps, shape.stages)
 
