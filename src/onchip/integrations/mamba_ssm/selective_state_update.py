@@ -25,8 +25,8 @@ def selective_state_update(
     """One token; see `onchip.selective_scan_step` and, where a head has one decay, `onchip.ssd_step`.
 
     Args:
-        state: `(batch, dim, d_state)`, or `(batch, heads, dim, d_state)` with heads in all that follows, in any floating
-            dtype (as the others); updated in place, rounded once. With `state_batch_indices` it may have another batch.
+        state: `(batch, dim, d_state)`, or `(batch, heads, dim, d_state)` with heads in all that follows, in any
+            floating dtype, as the others; updated in place. With `state_batch_indices` it may have another batch.
         x: `(batch, dim)`.
         dt: as x.
         A: `(dim, d_state)`.
