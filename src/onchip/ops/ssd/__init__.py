@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _select, _triton
+from onchip.ops._library import needs_grad
 from onchip.ops._sequence import WithFinalState, warn_of_growth
 from onchip.ops.attention.checks import check_flag
 from onchip.ops.ssd import checks, cpu, op, reference
@@ -223,7 +224,7 @@ def ssd_step(
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, out_state)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x_t.shape[-2], x_t)
     inputs = (x_t, state, dt_t, A, B_t, C_t, D, z)
-    differentiated = op.needs_grad(*inputs, dt_bias)
+    differentiated = needs_grad((*inputs, dt_bias))
     if differentiated and out_state is not None:
         raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
     chosen = _select.choose("ssd_step", IMPLEMENTATIONS, backend, *inputs[:6])
