@@ -18,7 +18,7 @@ from onchip.bench.operations import Contender, Contest, both_passes
 SUITES = ("dropout", "block_sparse", "paged")
 LENGTHS = {"dropout": 2048, "block_sparse": 8192, "paged": 8192}
 QUICK = {"dropout": 512, "block_sparse": 2048, "paged": 1024}
-DENSITIES = (6, 12, 25, 50, 75)  # in per cent of the tiles
+SIXTEENTHS = (1, 2, 4, 8, 12)  # of the tiles that a query sees
 BLOCK, PAGE, PROBABILITY = 128, 16, 0.1
 
 
@@ -42,7 +42,8 @@ def _sizes(suite: str, length: int) -> list[tuple[tuple[str, int], ...]]:
     if suite == "dropout":
         return [(("T", length), ("H", 8), ("D", 64))]
     if suite == "block_sparse":
-        return [(("T", length), ("H", 2), ("D", 64), ("%", density)) for density in DENSITIES]
+        tiles = length // BLOCK
+        return [(("T", length), ("H", 2), ("D", 64), ("tiles", tiles), ("seen", tiles * n // 16)) for n in SIXTEENTHS]
     return [(("B", 4), ("Tk", length), ("H", 32), ("Hk", 8), ("D", 128))]
 
 
@@ -67,9 +68,8 @@ def _dropout(case: OperationCase) -> Contest:
 
 
 def _block_sparse(case: OperationCase) -> Contest:
-    tiles = case["T"] // BLOCK
-    chosen = torch.rand(tiles, tiles, generator=torch.Generator().manual_seed(case["%"])) < case["%"] / 100
-    chosen |= torch.eye(tiles, dtype=torch.bool)  # no row without a key
+    order = torch.rand(case["tiles"], case["tiles"], generator=torch.Generator().manual_seed(0)).argsort(-1)
+    chosen = order < case["seen"]
     dense = chosen.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     mask = onchip.BlockMask.from_dense(dense, block=BLOCK)
 
