@@ -9,12 +9,8 @@
 #include <optional>
 #include <stdexcept>
 
-#include "attention/problem.hpp"
-#include "causal_conv1d/problem.hpp"
 #include "common/scratch.hpp"
-#include "hadamard/problem.hpp"
-#include "selective_scan/problem.hpp"
-#include "ssd/problem.hpp"
+#include "instruction_sets.hpp"
 
 #define ONCHIP_DECLARE(isa)                                              \
     namespace onchip::isa {                                              \
@@ -33,17 +29,12 @@ ONCHIP_DECLARE(avx512)
 namespace nb = nanobind;
 using namespace onchip;
 
+namespace onchip {
+void bind_steps(nb::module_& m);
+}
+
 namespace {
 
-// Every op's kernels for one instruction set.
-struct InstructionSet {
-    const char* name;
-    attention::Kernels attention;
-    causal_conv1d::Kernels causal_conv1d;
-    hadamard::Kernels hadamard;
-    selective_scan::Kernels selective_scan;
-    ssd::Kernels ssd;
-};
 #define ONCHIP_INSTRUCTION_SET(isa) \
     InstructionSet {                                                                                    \
         #isa, isa::attention_kernels, isa::causal_conv1d_kernels, isa::hadamard_kernels, isa::selective_scan_kernels, \
@@ -64,7 +55,11 @@ std::vector<InstructionSet> supported() {
     return sets;
 }
 
-InstructionSet chosen = supported().front();
+}  // namespace
+
+InstructionSet onchip::chosen = supported().front();
+
+namespace {
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
@@ -357,4 +352,5 @@ NB_MODULE(_native, m) {
     m.def("ssd_forward", ssd_forward);
     m.def("ssd_backward", ssd_backward);
     m.def("ssd_step", ssd_step);
+    bind_steps(m);
 }
