@@ -18,6 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
 
 
+def operation_of(row: Row) -> str | None:
+    """What the row measures; None for attention."""
+    return getattr(row.case, "operation", None)
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of the table: the cases it sums up, by suite and attributes, and the peer they are held against."""
@@ -27,16 +32,18 @@ class Line:
     where: Mapping[str, object]
     peer: str = "sdpa_flash"
     against: str = "SDPA flash"
+    operation: str | None = None  # other than attention
 
     def sums_up(self, row: Row) -> bool:
         """Whether the row is one of the line's."""
-        about = row.case.suite == self.suite and self.peer in row.ratio
+        about = operation_of(row) == self.operation and row.case.suite == self.suite and self.peer in row.ratio
         return about and all(getattr(row.case, name) == value for name, value in self.where.items())
 
 
 FORWARD, BOTH, FULL, CAUSAL = {"grad": False}, {"grad": True}, {"causal": False}, {"causal": True}
 MASKED = "SDPA, dense mask"
 MODEL = "SmolLM2-135M's shape in transformers"
+MAMBA, ALONE = "Mamba of transformers, 4 layers of 256", "without onchip"
 LINES = [
     Line("float32 forward, full", "forward", FULL),
     Line("float32 forward, causal", "forward", CAUSAL),
@@ -54,6 +61,21 @@ LINES = [
         Line(f"{MODEL}, {words}, {dtype}", suite, {"dtype": dtype}, "sdpa", "SDPA")
         for suite, words in (("prefill", "a prompt"), ("step", "a decoding step"))
         for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Line(work, suite, {"dtype": dtype}, peer, against or peer, operation)
+        for work, operation, suite, dtype, peer, against in (
+            ("causal_conv1d forward, W 4", "causal_conv1d", "forward", "float32", "conv1d", "torch conv1d"),
+            ("selective_scan forward", "selective_scan", "forward", "float32", "transformers", ""),
+            ("selective_scan forward + backward", "selective_scan", "backward", "float32", "mambapy", ""),
+            ("ssd forward", "ssd", "forward", "float32", "transformers", ""),
+            ("ssd forward + backward", "ssd", "backward", "float32", "transformers", ""),
+            (f"{MAMBA}, forward", "mamba", "forward", "float32", "transformers", ALONE),
+            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train", "float32", "transformers", ALONE),
+            (f"{MAMBA}, a training step, T 1024", "mamba", "once", "float32", "transformers", ALONE),
+            ("Mamba-2 130M's shape, a decoding step, float32", "mamba", "step", "float32", "transformers", ""),
+            ("Mamba-2 130M's shape, a decoding step, bfloat16", "mamba", "step", "bfloat16", "transformers", ""),
+        )
     ),
 ]
 
@@ -145,7 +167,8 @@ def figure(measured: Sequence[Row]) -> str:
     """The one figure at the top."""
     trained = [
         row for row in measured
-        if row.case.suite == "backward" and row.case.causal and row.machine.malloc == "default"
+        if operation_of(row) is None and row.case.suite == "backward"
+        and row.case.causal and row.machine.malloc == "default"
     ]  # fmt: skip
     if not trained:
         return "Not measured yet."
