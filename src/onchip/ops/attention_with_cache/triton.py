@@ -41,7 +41,7 @@ def forward(call: Call, lengths: list[int] | None) -> tuple[Tensor, Tensor]:
     if call.k is not None and call.v is not None:
         q = append(
             q, call.k_cache, call.v_cache, call.k, call.v, call.cache_seqlens, call.block_table, call.rotary,
-            interleaved=call.rotary_interleaved, in_order=call.in_order,
+            call.rotary_seqlens, interleaved=call.rotary_interleaved, in_order=call.in_order,
         )  # fmt: skip
     out, lse = output_like(q, call.k_cache, call.v_cache, None)
     with _triton.on_device_of(q):
