@@ -30,18 +30,19 @@ public:
 
     void run(const Sequence& s, int64_t first) {
         const int64_t before = s.k_length - a_.count;  // keys that the sequence had
+        const int64_t position = a_.positions.empty() ? s.k_start + before : a_.positions[s.index];
         const int64_t keys = std::min(first + kAppendTokens, a_.count);
         if (first < keys) {
             KeyWalk k_to(p_, p_.k, s, 0, before + first), v_to(p_, p_.v, s, 0, before + first);
             for (int64_t t = first; t < keys; ++t, k_to.next(), v_to.next()) {
-                if (a_.cos) stand_at(s.k_start + before + t);
+                if (a_.cos) stand_at(position + t);
                 copy(a_.k, s.batch, t, p_.kv_heads, p_.head_dim, p_.k, k_to.row(), bool(a_.cos));
                 copy(a_.v, s.batch, t, p_.kv_heads, p_.value_dim, p_.v, v_to.row(), false);
             }
         }
         if (!a_.cos) return;
         for (int64_t t = first; t < std::min(first + kAppendTokens, s.q_length); ++t) {
-            stand_at(s.k_start + before + (a_.in_order ? t : 0));
+            stand_at(position + (a_.in_order ? t : 0));
             copy(a_.q, s.batch, t, p_.heads, p_.head_dim, p_.q, p_.q.at(s.batch, t, 0), true);
         }
     }

@@ -88,8 +88,8 @@ void backward(const Sizes& sizes, const Settings& settings, uint64_t seed, const
 // among them; and where the cache lies in pages (address of the table, entries of a row, keys of a page).
 using Cached = std::pair<std::vector<int64_t>, std::vector<int64_t>>;
 using Paged = std::array<int64_t, 3>;
-// (appended keys of a row, pairs of features that are turned, interleaved, in order), and k, v, q, cos and sin.
-using Appended = std::pair<std::array<int64_t, 4>, DescribedTensors<5>>;
+// (appended keys of a row, pairs of features that are turned, interleaved, in order); k, v, q, cos and sin; positions.
+using Appended = std::tuple<std::array<int64_t, 4>, DescribedTensors<5>, std::vector<int64_t>>;
 
 void with_cache(const Sizes& sizes, double scale, double softcap, const Cached& cached, const Paged& paged,
                 const Appended& appended, const Tensors& tensors) {
@@ -99,8 +99,9 @@ void with_cache(const Sizes& sizes, double scale, double softcap, const Cached& 
         s.k_length = cached.second[s.index];
     }
     p.pages = {reinterpret_cast<const int32_t*>(paged[0]), paged[1], paged[2]};
-    const auto& [n, x] = appended;
-    const Append a{tensor(x[0]), tensor(x[1]), n[0], tensor(x[2]), tensor(x[3]), tensor(x[4]), n[1], n[2] != 0, n[3] != 0};
+    const auto& [n, x, positions] = appended;
+    const Append a{tensor(x[0]), tensor(x[1]), n[0], tensor(x[2]), tensor(x[3]), tensor(x[4]), positions,
+                   n[1],         n[2] != 0,    n[3] != 0};
     nb::gil_scoped_release release;
     kernels().append(p, a);
     kernels().forward(p);

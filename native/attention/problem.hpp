@@ -113,6 +113,7 @@ struct Append {
     int64_t count = 0;  // of each sequence
     Tensor q;           // the queries before they are turned, into the problem's q
     Tensor cos, sin;    // (positions, pairs); optional, and without them nothing is turned
+    std::vector<int64_t> positions;  // of each sequence's first appended key; if empty, its place in the cache
     int64_t pairs = 0;
     bool interleaved = true;  // a pair is two neighbours, not features i and i + pairs
     bool in_order = true;     // query i stands i positions after the first appended key, not beside it

@@ -324,7 +324,7 @@ INTS = {"dtype": torch.int32}
         (
             lambda: FA3(X, CACHE, CACHE, X, X, None, X[0, :, 0, :4], X[0, :, 0, :4], 1, rotary_seqlens=CU[1:]),
             ValueError,
-            "rotary_cos must cover positions 1 to 1",
+            "tables must cover 2 positions for row 0, whose new keys begin at 1, got 1",
         ),
         (
             lambda: FA3(X, CACHE, CACHE, X, X, None, X[0, :, 0, :4], X[0, :, 0, :4], 1, rotary_seqlens=[0, 0]),

@@ -119,7 +119,7 @@ class MasksNoPadding(Attention):
 
 
 class Unmasked(AttentionState):
-    def visible(self):
+    def pads(self):
         return None
 
 

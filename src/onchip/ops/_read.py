@@ -7,6 +7,7 @@ the tensor lives unchanged. A tensor made in inference mode does not count its c
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,3 +26,13 @@ def read(x: Tensor) -> NDArray[Any]:
         known = (x._version, x.cpu().numpy())
         _KNOWN[x] = known
     return np.asarray(known[1])
+
+
+def known(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, which is on the CPU, on the device of `like`, where it need not be read."""
+    if not like.is_cuda or torch.compiler.is_compiling():
+        return x.to(like.device)
+    with torch.inference_mode(False):
+        there = x.to(like.device, copy=True)
+    _KNOWN[there] = (there._version, x.numpy())
+    return there

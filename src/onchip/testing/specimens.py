@@ -87,15 +87,20 @@ def _decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
 
 
 def _paged_decoding(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:
-    """The same over pages of 16 keys, for rows of different lengths: the pass over splits."""
+    """The same over pages of 16 keys, for rows of different lengths: new keys, turned, and the pass over splits."""
     from onchip.ops.attention.triton import launches
-    from onchip.ops.attention_with_cache.triton import CachedCall
+    from onchip.ops.attention_with_cache.arguments import Call
+    from onchip.ops.attention_with_cache.triton import CachedCall, append
 
     q, k, v = _meta((8, 1, 32, dim), (4096, 16, 8, dim), (4096, 16, 8, dim), dtype=dtype)
     ends, table = _meta((8,), (8, 4096), dtype=torch.int32)
     settings = (-1, 0, dim**-0.5, 0.0, None, None, None, None, None, (1, 65536), architecture)
     call = CachedCall(q, k, v, *settings, ends=ends, starts=None, table=table)
-    return launches.attend(call, torch.empty_like(q), _float32(8, 32, 1))[:1]
+    (new,), turns = _meta((8, 1, 8, dim), dtype=dtype), _float32(65536, dim // 2)
+    more = (-1, 0, dim**-0.5, 0.0, None, None, False)
+    appending = Call(q, k, v, new, new, ends, None, table, turns, turns, None, True, *more)
+    splits = launches.attend(call, torch.empty_like(q), _float32(8, 32, 1))[0]
+    return [append.launch(appending, new, new, torch.empty_like(q)), splits]
 
 
 def _batch_invariant(architecture: str, dtype: torch.dtype, dim: int) -> list[Launch]:

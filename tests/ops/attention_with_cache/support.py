@@ -68,7 +68,7 @@ def cached(
     for b in range(batch):
         for n in range(firsts[b], lengths[b]):
             for cache, rows in zip(caches, (keys, values), strict=True):
-                cache[_slot(table, b, n, size)] = rows[b][n]
+                cache[slot(table, b, n, size)] = rows[b][n]
     arguments |= {"k_cache": caches[0], "v_cache": caches[1], "cache_seqlens": torch.tensor(lengths, dtype=integers)}
     if table is not None:
         used = torch.arange(table.shape[1]) < torch.tensor([-(-n // page_size) for n in ends])[:, None]
@@ -116,7 +116,7 @@ def check_cache(call: Cached, k_cache: Tensor, v_cache: Tensor) -> None:
         want = before.clone()
         for b, (first, row) in enumerate(zip(firsts, rows, strict=True)):
             for n, x in enumerate(row):
-                want[_slot(call["block_table"], b, first + n, cache.shape[1])] = x
+                want[slot(call["block_table"], b, first + n, cache.shape[1])] = x
         torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -127,7 +127,8 @@ def _copy(x: Tensor) -> Tensor:
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def _slot(table: Tensor | None, b: int, n: int, size: int) -> tuple[int, int]:
+def slot(table: Tensor | None, b: int, n: int, size: int) -> tuple[int, int]:
+    """Where key n of row b is."""
     return (b, n) if table is None else (int(table[b, n // size]), n % size)
 
 

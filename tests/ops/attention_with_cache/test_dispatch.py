@@ -15,6 +15,9 @@ BACKENDS = ("reference",) if _native.missing else ("cpu", "reference")
 ROTARY = torch.rand(60, 4), torch.rand(60, 4)
 CALLS = {
     "paged": lambda dtype: cached([0, 9], 3, page_size=4, dtype=dtype, rotary=ROTARY, sinks=torch.randn(4)),
+    "turned from elsewhere": lambda dtype: cached(
+        [4, 9], 3, dtype=dtype, rotary=ROTARY, rotary_seqlens=torch.tensor([7, 40])
+    ),
     "contiguous": lambda dtype: cached([0, 9], 1, dtype=dtype, dims=(16, 8), softcap=2.0),
     "nothing appended": lambda dtype: cached(
         [2, 9], 3, added=0, page_size=4, dtype=dtype, alibi_slopes=torch.rand(2, 4)
@@ -36,7 +39,7 @@ def test_opcheck(make, dtype, backend):
     call = finite(make(dtype))
     tensors = [call[n] for n in ("q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "cache_leftpad", "block_table")]
     settings = (-1, 0, 0.5, call["softcap"] or 0.0, call["alibi_slopes"], call["sinks"], False, backend)
-    arguments = (*tensors, *(call["rotary"] or (None, None)), True, *settings)
+    arguments = (*tensors, *(call["rotary"] or (None, None)), call["rotary_seqlens"], True, *settings)
     torch.library.opcheck(torch.ops.onchip.attention_with_cache.default, arguments)
 
 

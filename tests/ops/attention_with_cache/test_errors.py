@@ -96,7 +96,17 @@ WRONG = {
     "rotary's dtype": (appending(rotary=(TABLES[0].int(), TABLES[1])), TypeError, ["cos must be float", "int32"]),
     "rotary's device": (appending(rotary=(TABLES[0], TABLES[1].to("meta"))), TypeError, ["rotary's sin must be on"]),
     "rotary too short": (
-        appending(rotary=(TABLES[0][:7], TABLES[1][:7])), ValueError, ["cover 8 positions for row 0", "5 keys", "got 7"]
+        appending(rotary=(TABLES[0][:7], TABLES[1][:7])), ValueError, ["cover 8 positions", "begin at 5, got 7"]
+    ),
+    "positions without rotary": (appending(rotary_seqlens=LENGTHS), ValueError, ["rotary must be given where rotary_"]),
+    "shape of positions": (
+        appending(rotary=TABLES, rotary_seqlens=LENGTHS[:1]), ValueError, ["rotary_seqlens must have shape (2,)"]
+    ),
+    "a position beyond rotary": (
+        appending(rotary=TABLES, rotary_seqlens=torch.tensor([0, 18])), ValueError, ["cover 21 positions for row 1"]
+    ),
+    "a negative position": (
+        appending(rotary=TABLES, rotary_seqlens=torch.tensor([0, -1])), ValueError, ["not be negative, got -1"]
     ),
     "interleaved": (appending(rotary=TABLES, rotary_interleaved=1), TypeError, ["rotary_interleaved must be", "1"]),
     "causal": (paged(causal="no"), TypeError, ["causal must be True or False", "'no'"]),

@@ -10,7 +10,7 @@ from onchip.nn.rotary import RotaryTable, rotate
 from onchip.ops import _native
 
 from ..attention.support import lay_out, threads
-from .support import Cached, cached, check, check_cache, run
+from .support import Cached, cached, check, check_cache, run, slot
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PAGES = (None, 1, 3, 16, 256)
@@ -156,6 +156,30 @@ def test_rotary(backend, pairs, interleaved, causal):
         torch.testing.assert_close(torch.stack([k_cache[place] for place in places]), rows, **tight)
     unturned = Cached(call.arguments, call.keys, call.values)
     check_cache(Cached(unturned.arguments | {"k_cache": v_cache}, call.values, call.values), v_cache, v_cache)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_positions_of_rows_that_have_lost_their_first_keys(backend, page_size):
+    """The cache holds the last keys only, turned where they stood: a window sees no difference."""
+    turns = tuple(RotaryTable(16)(60, like=torch.randn(1)).unbind(-1))
+    whole = cached([40, 37], 2, page_size=page_size, window=(8, 0))
+    whole.arguments.update({n: whole[n].nan_to_num() for n in ("k_cache", "v_cache")}, rotary=turns)
+    want = run(whole, backend)[0]
+    lost = torch.tensor([30, 21])
+    part = cached([10, 16], 2, page_size=page_size, window=(8, 0))
+    arguments = (
+        part.arguments
+        | {n: whole[n] for n in "qkv"}
+        | {"rotary": turns, "rotary_seqlens": lost + part["cache_seqlens"]}
+    )
+    for b, n in enumerate([10, 16]):
+        for i in range(n):
+            for name in ("k_cache", "v_cache"):
+                arguments[name][slot(part["block_table"], b, i, arguments[name].shape[1])] = whole[name][
+                    slot(whole["block_table"], b, i + int(lost[b]), whole[name].shape[1])
+                ]
+    out, *_ = run(Cached(arguments, [], []), backend)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
 def _turned(x, turns, interleaved):

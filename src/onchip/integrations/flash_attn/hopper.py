@@ -292,8 +292,9 @@ def flash_attn_with_kvcache(
     if rotary_seqlens is not None and tables is None:
         raise ValueError("rotary_cos and rotary_sin must be given where rotary_seqlens is")
     settings = {"scale": softmax_scale, "causal": causal, "window": window(window_size), "softcap": softcap}
-    if qv is None and cu_seqlens_q is None and cu_seqlens_k_new is None and rotary_seqlens is None:
-        out, lse = cache.attend(q, k=k, v=v, rotary=tables, rotary_interleaved=rotary_interleaved, **settings)
+    if qv is None and cu_seqlens_q is None and cu_seqlens_k_new is None:
+        turns = {"rotary": tables, "rotary_seqlens": rotary_seqlens, "rotary_interleaved": rotary_interleaved}
+        out, lse = cache.attend(q, k=k, v=v, **turns, **settings)
     else:
         begins = cache.lengths if rotary_seqlens is None else rotary_seqlens
         rotary = None if tables is None else Rotary(tables, rotary_interleaved, begins)

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from onchip.nn.mixers.base import Mixer, State
 from onchip.nn.rotary import RotaryScaling, packed_positions, rotary_table, rotate
-from onchip.ops import attention
+from onchip.ops import attention, attention_with_cache
+from onchip.ops._read import known
 from onchip.ops.attention.reference import attention_matrix
 
 _SPARE = 16  # columns of room that even a short cache has
@@ -32,7 +33,9 @@ class AttentionState(State):
     equal. Under a window, columns that no later query can see are dropped, and `end` stays behind `position`.
 
     The cache has room to spare: a step writes one column and copies nothing but when the room is used up. A state is
-    nevertheless a value: only the first of several continuations writes in place, the others copy.
+    nevertheless a value: only the first of several continuations writes in place, the others copy. So do all where
+    gradients are recorded: autograd may hold the cache that is. `behind` is on the CPU, which sets out what is to be
+    done.
     """
 
     keys: Tensor
@@ -42,22 +45,26 @@ class AttentionState(State):
     behind: Tensor | None = None
     _fill: _Fill = field(default_factory=lambda: _Fill(0), repr=False, compare=False)
 
-    def append(self, k: Tensor, v: Tensor, reach: int | None) -> Self:
-        """The state with the keys `k (B, T, Hk, D)` and values `v` after its own, and at least `reach` of those before.
+    def joined(self, k: Tensor, v: Tensor) -> Self:
+        """The state with the keys `k (B, T, Hk, D)` and values `v` after its own, in a new cache."""
+        keys, values = k, v
+        if self.end:
+            keys, values = (torch.cat([x[:, : self.end], new], 1) for x, new in ((self.keys, k), (self.values, v)))
+        end = keys.shape[1]
+        return replace(self, keys=keys, values=values, end=end, position=self.position + k.shape[1], _fill=_Fill(end))
 
-        Where gradients are recorded, the cache is concatenated anew: autograd may hold the one that is.
+    def extended(self, k: Tensor, v: Tensor, reach: int | None) -> Self:
+        """The state after the tokens of `k` and `v`, into whose last columns they are still to be written.
+
+        At least `reach` of the columns before are in it.
         """
         T = k.shape[1]
-        if k.shape[0] != self.keys.shape[0]:
-            raise ValueError(f"the state has {self.keys.shape[0]} rows, the input {k.shape[0]}")
         if self._may_write(T):
-            self.keys[:, self.end : self.end + T] = k
-            self.values[:, self.end : self.end + T] = v
             self._fill.columns += T
             return replace(self, end=self.end + T, position=self.position + T)
         start = 0 if reach is None else max(self.end - reach, 0)
         end = self.end - start + T
-        keys, values = (_joined(old[:, start : self.end], new) for old, new in ((self.keys, k), (self.values, v)))
+        keys, values = (_with_room(x[:, start : self.end], new) for x, new in ((self.keys, k), (self.values, v)))
         return replace(self, keys=keys, values=values, end=end, position=self.position + T, _fill=_Fill(end))
 
     def last(self, reach: int) -> Self:
@@ -69,23 +76,23 @@ class AttentionState(State):
             keys, values = keys.clone(), values.clone()
         return replace(self, keys=keys, values=values, end=reach, _fill=_Fill(reach))
 
-    def positions(self, T: int) -> Tensor | slice:
-        """The positions of the next T tokens, as an index into a table: a slice, or `(B, T)` where rows differ."""
-        if self.behind is None:
-            return slice(self.position, self.position + T)
-        return torch.arange(self.position, self.position + T, device=self.behind.device) - self.behind[:, None]
+    def seen(self) -> Tensor:
+        """How many tokens each row has seen, `(B,)`, on the CPU."""
+        rows = torch.full(self.keys.shape[:1], self.position, device="cpu")
+        return rows if self.behind is None else rows - self.behind
 
-    def visible(self) -> Tensor | None:
-        """Which columns hold a key, `(B, 1, 1, end)` boolean; None where all do."""
-        if self.behind is None:
-            return None
-        column = torch.arange(self.position - self.end, self.position, device=self.behind.device)
-        return (column >= self.behind[:, None])[:, None, None]
+    def pads(self) -> Tensor | None:
+        """How many of its first columns hold no key in each row, `(B,)`; None where all do."""
+        return None if self.behind is None else known((self.end - self.seen()).clamp(min=0), self.keys)
+
+    def positions(self, T: int) -> Tensor | None:
+        """The position of the first of each row's last T tokens, `(B,)`; None where it is that of its column."""
+        return None if self.behind is None and self.end == self.position else known(self.seen() - T, self.keys)
 
     def reorder(self, index: Tensor) -> Self:
         """Row i of the result is row `index[i]`; rows may be dropped and repeated. `index (N,)` int64."""
         keys, values = (x[:, : self.end].index_select(0, index) for x in (self.keys, self.values))
-        behind, position = None if self.behind is None else self.behind[index], self.position
+        behind, position = None if self.behind is None else self.behind[index.cpu()], self.position
         if behind is not None and len(behind):
             # The rows that were ahead may be gone.
             ahead = int(behind.min())
@@ -104,31 +111,22 @@ class AttentionState(State):
         if all(state.position == position and state.behind is None for state in states):
             behind = None
         else:
-            behind = torch.cat([state._all_behind() + (position - state.position) for state in states])
+            behind = position - torch.cat([state.seen() for state in states])
         return cls(keys, values, end, position, behind, _Fill(end))
-
-    def _all_behind(self) -> Tensor:
-        if self.behind is not None:
-            return self.behind
-        return torch.zeros(self.keys.shape[0], dtype=torch.int64, device=self.keys.device)
 
     def _may_write(self, T: int) -> bool:
         return (
-            not torch.is_grad_enabled()
-            and self._fill.columns == self.end  # else another continuation has written here
+            self._fill.columns == self.end  # else another continuation has written here
             and self.end + T <= self.keys.shape[1]
             and (torch.is_inference_mode_enabled() or not self.keys.is_inference())
         )
 
 
-def _joined(old: Tensor, new: Tensor) -> Tensor:
-    """`old` and `new` one after the other in time, with room for half as many again unless gradients are recorded."""
-    if torch.is_grad_enabled():
-        return torch.cat([old, new], dim=1) if old.shape[1] else new
+def _with_room(old: Tensor, new: Tensor) -> Tensor:
+    """`old` with room after it for `new`, and for half as many again."""
     end = old.shape[1] + new.shape[1]
     room = new.new_empty(new.shape[0], end + end // 2 + _SPARE, *new.shape[2:])
     room[:, : old.shape[1]] = old
-    room[:, old.shape[1] : end] = new
     return room
 
 
@@ -241,18 +239,39 @@ class Attention(Mixer[AttentionState]):
         return self._merge(attention(q, k, v, window=self.window, sinks=self.sinks, cu_seqlens_q=cu_seqlens))
 
     def _chunk(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        T, left = x.shape[1], self.window[0]
-        q, k, v = self._project(x, state.positions(T), state.position + T)
-        state = state.append(k, v, left)
-        keys, values = state.keys[:, : state.end], state.values[:, : state.end]
-        y = attention(q, keys, values, window=self.window, sinks=self.sinks, bias=state.visible())
-        return self._merge(y), state if left is None else state.last(left)
+        if x.shape[0] != state.keys.shape[0]:
+            raise ValueError(f"the state has {state.keys.shape[0]} rows, the input {x.shape[0]}")
+        y, state = (self._recorded if torch.is_grad_enabled() else self._in_place)(x, state)
+        return self._merge(y), state if self.window[0] is None else state.last(self.window[0])
 
-    def _project(self, x: Tensor, positions: Tensor | slice, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `(…, T, H, D)` and keys `(…, T, Hk, D)`, rotated, and values; positions are below `length`."""
+    def _recorded(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        positions = state.seen()[:, None] + torch.arange(x.shape[1], device="cpu")
+        q, k, v = self._project(x, positions, state.position + x.shape[1])
+        state = state.joined(k, v)
+        pads, column = state.pads(), torch.arange(state.end, device=x.device)
+        held = None if pads is None else (column >= pads[:, None])[:, None, None]
+        return attention(q, state.keys, state.values, window=self.window, sinks=self.sinks, bias=held), state
+
+    def _in_place(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        B, T, _ = x.shape
+        q, k, v = self._project(x, None)
+        state = state.extended(k, v, self.window[0])
+        rotary: dict[str, Any] = {}
+        if self.rotary is not None:
+            turns = self.rotary(state.position, like=q)
+            rotary = {"rotary": (turns[..., 0], turns[..., 1]), "rotary_seqlens": state.positions(T)}
+        held = known(torch.full((B,), state.end - T, device="cpu"), x)
+        y = attention_with_cache(
+            q, state.keys, state.values, k=k, v=v, cache_seqlens=held, cache_leftpad=state.pads(), **rotary,
+            window=self.window, sinks=self.sinks,
+        )  # fmt: skip
+        return y, state
+
+    def _project(self, x: Tensor, positions: Tensor | slice | None, length: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `(…, T, H, D)`, keys `(…, T, Hk, D)` and values; rotated by `positions`, below `length`, if given."""
         heads = self.qkv(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=-2)
-        if self.rotary is not None:
+        if self.rotary is not None and positions is not None:
             qk = rotate(qk, self.rotary(length, like=qk)[positions])
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=-2)
         return q, k, v

@@ -23,6 +23,7 @@ def attention_with_cache(
     cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
     causal: bool = True,
     window: Window | None = None,
@@ -37,7 +38,7 @@ def attention_with_cache(
 
     Row b of the batch holds n = cache_seqlens[b] keys. With k and v, Tn more are written behind them:
 
-        cache[b, n + i] = rotate(k[b, i], position n + i),  i < Tn
+        cache[b, n + i] = rotate(k[b, i], position n + i),  i < Tn        (rotary_seqlens[b] + i where that is given)
         out[b] = attention(rotate(q[b]), the n + Tn keys of row b, their values)
 
     with masks aligned at the last query and the last key, as in `onchip.attention`. A prefill, a chunk of one and a
@@ -58,8 +59,10 @@ def attention_with_cache(
             but not those that are written. A cache with more rows than q is one of large pages:
             `block_table=index[:, None]` attends over its rows `index`.
         rotary: tables (cos, sin) of shape `(positions, n)`, 2n ≤ D, that turn the first 2n features of appended keys as
-            they are written, and of queries. Query i stands at position cache_seqlens[b] + i; where neither `causal`
-            nor `window` orders the queries, all of them at cache_seqlens[b]. Needs k and v.
+            they are written, and of queries. Query i stands beside the i-th of them; where neither `causal` nor
+            `window` orders the queries, all of them beside the first. Needs k and v.
+        rotary_seqlens: `(B,)` int32 or int64: the position of each row's first new key; by default cache_seqlens. They
+            differ where the cache no longer holds a row's first keys. Needs `rotary`.
         rotary_interleaved: pairs of features are neighbours (2i, 2i + 1), as in `onchip.nn.rotary`; else (i, i + n).
         causal: as in `onchip.attention`, but by default True.
         window: as in `onchip.attention`.
@@ -111,6 +114,7 @@ def attention_with_cache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
         rotary=rotary,
+        rotary_seqlens=rotary_seqlens,
         rotary_interleaved=rotary_interleaved,
         causal=causal,
         window=window,
@@ -134,6 +138,7 @@ def attention_with_cache_and_lse(
     cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
     causal: bool = True,
     window: Window | None = None,
@@ -162,6 +167,10 @@ def attention_with_cache_and_lse(
     checks.check_places(q, k_cache, cache_seqlens, cache_leftpad, block_table)
     if rotary is not None:
         checks.check_rotary(q, k, rotary, rotary_interleaved)
+    if rotary_seqlens is not None:
+        if rotary is None:
+            raise ValueError("rotary must be given where rotary_seqlens is")
+        checks.check_counts("rotary_seqlens", rotary_seqlens, q)
     left, right = attention_checks.reach(causal, window)
     attention_checks.check_flag("batch_invariant", batch_invariant)
     attention_checks.check_factors(scale, softcap)
@@ -171,7 +180,7 @@ def attention_with_cache_and_lse(
         attention_checks.check_score_terms(q, k_cache, None, alibi_slopes, sinks, None)
     tensors = (q, k_cache, v_cache)
     chosen = _select.choose("attention_with_cache", IMPLEMENTATIONS, backend, *tensors, batch_invariant=batch_invariant)
-    places = (cache_seqlens, cache_leftpad, block_table, *(rotary or (None, None)), rotary_interleaved)
+    places = (cache_seqlens, cache_leftpad, block_table, *(rotary or (None, None)), rotary_seqlens, rotary_interleaved)
     settings = (left, right, float(scale), float(softcap), alibi_slopes, sinks, batch_invariant)
     return op.attention_with_cache(*tensors, k, v, *places, *settings, chosen)
 

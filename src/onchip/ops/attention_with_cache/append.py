@@ -13,21 +13,22 @@ def append(
     cache_seqlens: Tensor,
     block_table: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
+    rotary_seqlens: Tensor | None,
     *,
     interleaved: bool,
     in_order: bool,
 ) -> Tensor:
     """Write k and v to the cache, k turned by its positions; the queries, turned by theirs.
 
-    `in_order`: query i stands at position `cache_seqlens + i`, else all at `cache_seqlens`.
+    `in_order`: query i stands beside key i of the new ones, else all beside the first.
     """
-    before = cache_seqlens.long()[:, None]
-    positions = before + torch.arange(k.shape[1], device=k.device)
+    before, new = cache_seqlens.long()[:, None], torch.arange(k.shape[1], device=k.device)
     if rotary is not None:
-        k = rotate(k, positions, *rotary, interleaved=interleaved)
+        first = before if rotary_seqlens is None else rotary_seqlens.long()[:, None]
+        k = rotate(k, first + new, *rotary, interleaved=interleaved)
         steps = torch.arange(q.shape[1], device=q.device)
-        q = rotate(q, before + (steps if in_order else 0 * steps), *rotary, interleaved=interleaved)
-    places = slots(positions, block_table, k_cache.shape[1])
+        q = rotate(q, first + (steps if in_order else 0 * steps), *rotary, interleaved=interleaved)
+    places = slots(before + new, block_table, k_cache.shape[1])
     k_cache[places] = k
     v_cache[places] = v
     return q

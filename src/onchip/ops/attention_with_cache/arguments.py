@@ -18,6 +18,7 @@ class Call(NamedTuple):
     block_table: Tensor | None
     rotary_cos: Tensor | None
     rotary_sin: Tensor | None
+    rotary_seqlens: Tensor | None
     rotary_interleaved: bool
     left: int
     right: int

@@ -77,9 +77,9 @@ def check_places(
     q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, cache_leftpad: Tensor | None, block_table: Tensor | None
 ) -> None:
     """The tensors that say where each row's keys are have the right types and shapes."""
-    _check_counts("cache_seqlens", cache_seqlens, q)
+    check_counts("cache_seqlens", cache_seqlens, q)
     if cache_leftpad is not None:
-        _check_counts("cache_leftpad", cache_leftpad, q)
+        check_counts("cache_leftpad", cache_leftpad, q)
     if block_table is None:
         if k_cache.shape[0] != q.shape[0]:
             raise ValueError(
@@ -97,7 +97,8 @@ def check_places(
         raise ValueError(f"pages of k_cache must hold at least one key, got shape {tuple(k_cache.shape)}")
 
 
-def _check_counts(name: str, x: Tensor, q: Tensor) -> None:
+def check_counts(name: str, x: Tensor, q: Tensor) -> None:
+    """`x` has an integer for each row."""
     _check_integers(name, x, q, (torch.int32, torch.int64))
     if x.shape != q.shape[:1]:
         raise ValueError(f"{name} must have shape ({q.shape[0]},), one entry a row of q, got {tuple(x.shape)}")
@@ -174,10 +175,13 @@ def _check_pages(lengths: list[int], starts: list[int] | None, table: Integers, 
             )
 
 
-def check_positions(lengths: list[int], positions: int, count: int) -> None:
-    """The rotary tables reach to the last position of each row; `count` positions are needed from its length on."""
-    for b, n in enumerate(lengths):
+def check_positions(first: list[int], positions: int, count: int) -> None:
+    """The rotary tables have the `count` positions from each row's first on."""
+    for b, n in enumerate(first):
+        if n < 0:
+            raise ValueError(f"rotary_seqlens must not be negative, got {n} for row {b}")
         if n + count > positions:
             raise ValueError(
-                f"rotary's tables must cover {n + count} positions for row {b}, which holds {n} keys, got {positions}"
+                f"rotary's tables must cover {n + count} positions for row {b}, whose new keys begin at {n}, "
+                f"got {positions}"
             )

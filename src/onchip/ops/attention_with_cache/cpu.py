@@ -9,8 +9,10 @@ from onchip.ops.attention.outputs import output_like
 from onchip.ops.attention_with_cache.arguments import Call
 
 
-def forward(call: Call, lengths: list[int], starts: list[int] | None) -> tuple[Tensor, Tensor]:
-    """The op on the CPU. `lengths` are those of `cache_seqlens`, and `starts` of `cache_leftpad`."""
+def forward(
+    call: Call, lengths: list[int], starts: list[int] | None, positions: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """The op on the CPU; with the values of `cache_seqlens`, `cache_leftpad` and `rotary_seqlens`."""
     q, k, v, added = call.q, call.k_cache, call.v_cache, call.added
     out, lse = output_like(q, k, v, None)
     turned = q if call.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -38,19 +40,21 @@ def forward(call: Call, lengths: list[int], starts: list[int] | None) -> tuple[T
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
     pages = (0, 0, 0) if table is None else (table.data_ptr(), table.stride(0), k.shape[1])
-    _native.kernels.attention_with_cache(sizes, call.scale, call.softcap, held, pages, _appended(call, added), tensors)
+    appended = _appended(call, added, positions or [])
+    _native.kernels.attention_with_cache(sizes, call.scale, call.softcap, held, pages, appended, tensors)
     return out, lse
 
 
-_NOTHING = ((0, 0, 0, 0), (None,) * 5)
+_Appended = tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...], list[int]]
+_NOTHING: _Appended = ((0, 0, 0, 0), (None,) * 5, [])
 
 
-def _appended(call: Call, added: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...]]:
+def _appended(call: Call, added: int, positions: list[int]) -> _Appended:
     if call.k is None or call.v is None:
         return _NOTHING
     k, v = describe_rows(call.k), describe_rows(call.v)
     if call.rotary_cos is None or call.rotary_sin is None:
-        return (added, 0, 0, 0), (k, v, None, None, None)
+        return (added, 0, 0, 0), (k, v, None, None, None), []
     settings = (added, call.rotary_cos.shape[1], int(call.rotary_interleaved), int(call.in_order))
     tables = describe_table(call.rotary_cos), describe_table(call.rotary_sin)
-    return settings, (k, v, describe_rows(call.q), *tables)
+    return settings, (k, v, describe_rows(call.q), *tables), positions

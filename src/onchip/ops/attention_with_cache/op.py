@@ -16,8 +16,8 @@ from onchip.ops.attention_with_cache.arguments import Call
 library.define(  # type: ignore[no-untyped-call]
     "attention_with_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
     "Tensor cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, "
-    "bool rotary_interleaved, int left, int right, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
-    "bool batch_invariant, str backend) -> (Tensor out, Tensor lse)"
+    "Tensor? rotary_seqlens, bool rotary_interleaved, int left, int right, float scale, float softcap, "
+    "Tensor? alibi_slopes, Tensor? sinks, bool batch_invariant, str backend) -> (Tensor out, Tensor lse)"
 )
 
 _attention_with_cache = torch.ops.onchip.attention_with_cache.default
@@ -46,19 +46,21 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.forward(call, *values)
 
 
-def _checked(call: Call) -> tuple[list[int], list[int] | None] | None:
-    """The lengths and the left pads, after a check of what depends on values; None where they cannot be read."""
+def _checked(call: Call) -> tuple[list[int], list[int] | None, list[int] | None] | None:
+    """The lengths, left pads and positions, after a check of what depends on values; None where they cannot be read."""
     if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     lengths: list[int] = read(call.cache_seqlens).tolist()
     starts = None if call.cache_leftpad is None else read(call.cache_leftpad).tolist()
+    positions = None if call.rotary_seqlens is None else read(call.rotary_seqlens).tolist()
     table = None if call.block_table is None else read(call.block_table)
     pages, size = call.k_cache.shape[:2]
     checks.check_values(lengths, starts, table, (pages, size), call.added)
     if call.rotary_cos is not None:
         queries = call.q.shape[1] if call.in_order else min(call.q.shape[1], 1)
-        checks.check_positions(lengths, call.rotary_cos.shape[0], max(call.added, queries))
-    return lengths, starts
+        first = lengths if positions is None else positions
+        checks.check_positions(first, call.rotary_cos.shape[0], max(call.added, queries))
+    return lengths, starts, positions
 
 
 for _device in ("CPU", "CUDA"):

@@ -15,7 +15,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if call.k is not None and call.v is not None:
         q = append(
             q, k_cache, v_cache, call.k, call.v, call.cache_seqlens, call.block_table, call.rotary,
-            interleaved=call.rotary_interleaved, in_order=call.in_order,
+            call.rotary_seqlens, interleaved=call.rotary_interleaved, in_order=call.in_order,
         )  # fmt: skip
     out, lse = output_like(q, k_cache, v_cache, None)
     lengths = (call.cache_seqlens + call.added).tolist()

@@ -1,7 +1,4 @@
-"""Attention over a cache in Triton: attention's own kernels, told of lengths and pages.
-
-New keys are put into the cache by PyTorch's operations.
-"""
+"""Attention over a cache in Triton: attention's own kernels, told of lengths and pages, after one that appends."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +9,8 @@ from onchip.ops import _triton
 from onchip.ops.attention.outputs import output_like
 from onchip.ops.attention.triton import launches
 from onchip.ops.attention.triton.arguments import Sequences, along_time
-from onchip.ops.attention_with_cache.append import append
 from onchip.ops.attention_with_cache.arguments import Call
+from onchip.ops.attention_with_cache.triton import append
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +34,11 @@ class CachedCall(launches.Call):
 
 def forward(call: Call, lengths: list[int] | None) -> tuple[Tensor, Tensor]:
     """The op in Triton; `lengths` are those of `cache_seqlens`, None where they cannot be read."""
-    q = call.q
-    if call.k is not None and call.v is not None:
-        q = append(
-            q, call.k_cache, call.v_cache, call.k, call.v, call.cache_seqlens, call.block_table, call.rotary,
-            interleaved=call.rotary_interleaved, in_order=call.in_order,
-        )  # fmt: skip
+    q = call.q if call.rotary_cos is None else call.q.new_empty(call.q.shape)
     out, lse = output_like(q, call.k_cache, call.v_cache, None)
     with _triton.on_device_of(q):
+        if call.k is not None and call.v is not None:
+            append.launch(call, call.k, call.v, q).run()
         for launch in launches.attend(_cached(call, q, lengths), out, lse):
             launch.run()
     return out, lse
