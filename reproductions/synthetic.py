@@ -4,7 +4,7 @@ Not a reproduction by itself, but the tasks of `mamba.py` and `mamba2.py`. Every
 can be learned by heart, and only some tokens are asked for: what is right elsewhere is not defined.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from onchip.models import LanguageModel, ModelConfig
 from onchip.training.optimizer import adamw, learning_rate
 
 NOT_ASKED = -100  # what cross-entropy leaves out
+EVERY = 50  # steps between two looks at what is right
 
 
 class Batch(NamedTuple):
@@ -30,10 +31,15 @@ Task = Callable[[int], Batch]
 
 
 class Point(NamedTuple):
-    """The part of the answers that were right in the batches of the last steps, before learning from them."""
+    """What part of the answers is right after a step of training."""
 
     step: int
     accuracy: float
+
+
+def power_of_two(least: int, most: int) -> int:
+    """One of those from `least` to `most`, both powers of two themselves."""
+    return 1 << int(torch.randint(least.bit_length() - 1, most.bit_length(), ()))
 
 
 def selective_copying(batch: int, length: int, n_tokens: int, vocab_size: int) -> Batch:
@@ -87,32 +93,31 @@ def language_model(mixer: Mapping[str, Any], *, vocab_size: int, d_model: int, d
     return LanguageModel(config)
 
 
-def train(
-    model: LanguageModel, task: Task, *, steps: int, lr: float, batch: int = 32, every: int = 50, seed: int = 1
-) -> list[Point]:
-    """Train as `onchip train` does: AdamW, a linear warm-up over a tenth of the steps, half a cosine, clipping."""
-    torch.manual_seed(seed)
+def train(model: LanguageModel, task: Task, test: Batch, *, steps: int, lr: float, batch: int = 32) -> list[Point]:
+    """Train as `onchip train` does: AdamW, a linear warm-up over a tenth of the steps, half a cosine, clipping.
+
+    Weights do not decay, since no sequence comes twice.
+    """
+    torch.manual_seed(1)
     optimizer = adamw(model, weight_decay=0.0)
-    points, right = [], []
+    points = []
     for step in range(steps):
         tokens, targets = task(batch)
         asked = targets != NOT_ASKED
-        logits = model(tokens)[asked]
-        right.append((logits.argmax(-1) == targets[asked]).float().mean().item())
-        torch.autograd.backward(F.cross_entropy(logits, targets[asked]))
+        torch.autograd.backward(F.cross_entropy(model(tokens)[asked], targets[asked]))
         clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak=lr, warmup=steps // 10, steps=steps)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % every == 0 or step + 1 == steps:
-            points.append(Point(step + 1, sum(right) / len(right)))
-            right.clear()
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
+            points.append(Point(step + 1, accuracy(model, test)))
     return points
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, batches: Sequence[Batch]) -> float:
+def accuracy(model: LanguageModel, test: Batch) -> float:
     """The part of the answers that are right."""
-    right = torch.cat([(model(x).argmax(-1) == y)[y != NOT_ASKED] for x, y in batches])
-    return right.float().mean().item()
+    asked = test.targets != NOT_ASKED
+    right: float = (model(test.tokens)[asked].argmax(-1) == test.targets[asked]).float().mean().item()
+    return right

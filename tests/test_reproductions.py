@@ -331,15 +331,19 @@ def test_associative_recall_asks_each_key_once_for_its_value(synthetic):
         assert sum(token < 8 for token in row) == 6
 
 
+def test_powers_of_two_reach_both_ends(synthetic):
+    assert {synthetic.power_of_two(8, 64) for _ in range(200)} == {8, 16, 32, 64}
+
+
 def test_training_learns_what_is_asked_for(synthetic):
     def task(batch):
         tokens = torch.randint(4, (batch, 8))
         return synthetic.Batch(tokens, torch.where(torch.arange(8) < 6, synthetic.NOT_ASKED, (tokens + 1) % 4))
 
     model = synthetic.language_model({"mixer": "attention", "n_heads": 2}, vocab_size=4, d_model=16, depth=1)
-    points = synthetic.train(model, task, steps=60, lr=2e-2, every=25)
-    assert [point.step for point in points] == [25, 50, 60]
-    assert points[0].accuracy < points[-1].accuracy == synthetic.accuracy(model, [task(8), task(8)]) == 1
+    untrained, points = synthetic.accuracy(model, task(64)), synthetic.train(model, task, task(64), steps=60, lr=2e-2)
+    assert [point.step for point in points] == [50, 60]
+    assert untrained < 0.5 and points[-1].accuracy == synthetic.accuracy(model, task(64)) == 1
 
 
 @pytest.mark.parametrize("ours, s4d, holds", [(0.99, 0.5, True), (0.94, 0.5, False), (0.99, 0.7, False)])
