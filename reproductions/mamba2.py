@@ -14,7 +14,7 @@ Recall is much smaller than published, which is of up to 1,024 tokens with 256 p
 Whether it is learnt hangs on the learning rate more than on anything else (arXiv 2508.19029), so several are tried, and
 the best one counts.
 
-    python reproductions/mamba2.py             about five minutes
+    python reproductions/mamba2.py             some minutes
     python reproductions/mamba2.py --quick     a few steps of training, short sequences: it runs, and says little
 """
 
@@ -69,7 +69,7 @@ def main(
     torch.set_num_threads(machine.cores())
     error = disagreement(100 if quick else 1000)
     speedups = measure(128, (16, 64), 0.5) if quick else measure(2048, (16, 32, 64, 128, 256), 60.0)
-    learned = {rate: learn(4 if quick else 1000, rate) for rate in RATES}
+    learned = {rate: learn(4 if quick else 1500, rate) for rate in RATES}
     findings = [duality(error), speed(speedups), recall(learned)]
 
     console = Console()

@@ -86,20 +86,21 @@ def associative_recall(batch: int, length: int, n_pairs: int, vocab_size: int) -
     )
 
 
-def language_model(mixer: Mapping[str, Any], *, vocab_size: int, d_model: int, depth: int = 2) -> LanguageModel:
-    """A model with these mixers, and MLPs as wide as the residual stream."""
+def language_model(
+    mixer: Mapping[str, Any], *, vocab_size: int, d_model: int, d_mlp: int | None = None, depth: int = 2
+) -> LanguageModel:
+    """A model with these mixers; its MLPs are as wide as the residual stream unless `d_mlp` is given."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=vocab_size, d_model=d_model, layers=[mixer] * depth, d_mlp=d_model)
-    return LanguageModel(config)
+    layers = [mixer] * depth
+    return LanguageModel(ModelConfig(vocab_size=vocab_size, d_model=d_model, layers=layers, d_mlp=d_mlp or d_model))
 
 
-def train(model: LanguageModel, task: Task, test: Batch, *, steps: int, lr: float, batch: int = 32) -> list[Point]:
-    """Train as `onchip train` does: AdamW, a linear warm-up over a tenth of the steps, half a cosine, clipping.
-
-    Weights do not decay, since no sequence comes twice.
-    """
+def train(
+    model: LanguageModel, task: Task, test: Batch, *, steps: int, lr: float, weight_decay: float = 0.1, batch: int = 32
+) -> list[Point]:
+    """Train as `onchip train` does: AdamW, a linear warm-up over a tenth of the steps, half a cosine, clipping."""
     torch.manual_seed(1)
-    optimizer = adamw(model, weight_decay=0.0)
+    optimizer = adamw(model, weight_decay)
     points = []
     for step in range(steps):
         tokens, targets = task(batch)
