@@ -145,18 +145,15 @@ def induction(right: Mapping[str, Mapping[int, float]]) -> Finding:
 
 
 def measure_times(lengths: Sequence[int], seconds: float) -> dict[str, list[float]]:
-    """Seconds that the operations take at each length: the scan of a Mamba layer of width 256, and its attention."""
+    """Seconds that a Mamba layer's scan and a layer's attention of width 256 take at each length, all in turns."""
     import torch
 
     from onchip.bench.timing import Candidate, interleave, quartiles
 
-    times: dict[str, list[float]] = {"Mamba": [], "attention": []}
-    for length in lengths:
-        calls = {"Mamba": Candidate(scan(length)), "attention": Candidate(attention(length))}
-        found = interleave(calls, torch.device("cpu"), seconds=seconds / len(lengths), min_rounds=5)
-        for name, values in times.items():
-            values.append(quartiles(found[name]).median)
-    return times
+    makers = {"Mamba": scan, "attention": attention}
+    calls = {f"{name} {length}": Candidate(make(length)) for name, make in makers.items() for length in lengths}
+    times = interleave(calls, torch.device("cpu"), seconds=seconds, min_rounds=5)
+    return {name: [quartiles(times[f"{name} {length}"]).median for length in lengths] for name in makers}
 
 
 def scan(length: int, width: int = 256, d_state: int = 16) -> Callable[[], object]:

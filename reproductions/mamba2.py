@@ -230,7 +230,7 @@ def draw(speedups: Speedups, learned: Mapping[float, Sequence["Point"]], out: Pa
     right.set_ylim(0, 108)
     right.set_xlabel("step of training")
     right.set_ylabel("associative recall, % right")
-    right.legend(title="learning rate", frameon=False, fontsize=8, title_fontsize=8)
+    right.legend(title="learning rate", loc="center right", frameon=False, fontsize=8, title_fontsize=8)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Mamba-2's claims, measured on this CPU", fontsize=11)
