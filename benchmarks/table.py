@@ -1,4 +1,4 @@
-"""Write the performance figures in README.md anew from the rows in benchmarks/results.
+"""Write the figures in README.md and docs/speed.md anew from the rows in benchmarks/results.
 
 python benchmarks/table.py            rewrites what stands between the markers
 python benchmarks/table.py --check    exit code 1 where that would change anything
@@ -13,7 +13,7 @@ from onchip.bench import rows
 from onchip.bench.rows import Row
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 RESULTS = ROOT / "benchmarks" / "results"
 CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
 
@@ -33,6 +33,7 @@ class Line:
     peer: str = "sdpa_flash"
     against: str = "SDPA flash"
     operation: str | None = None  # other than attention
+    headline: bool = True  # in README, too
 
     def sums_up(self, row: Row) -> bool:
         """Whether the row is one of the line's."""
@@ -49,14 +50,21 @@ LINES = [
     Line("float32 forward, causal", "forward", CAUSAL),
     Line("float32 forward + backward, full", "backward", FULL),
     Line("float32 forward + backward, causal", "backward", CAUSAL),
-    Line("bfloat16 forward + backward, full", "bf16", FULL),
+    Line("bfloat16 forward + backward, full", "bf16", FULL, headline=False),
     Line("bfloat16 forward + backward, causal", "bf16", CAUSAL),
     Line("window 256, T 4096, forward", "window", FORWARD, "flex", "flex"),
-    Line("window 256, T 4096, forward", "window", FORWARD, against=MASKED),
-    Line("window 256, T 4096, forward + backward", "window", BOTH, against=MASKED),
+    Line("window 256, T 4096, forward", "window", FORWARD, against=MASKED, headline=False),
+    Line("window 256, T 4096, forward + backward", "window", BOTH, against=MASKED, headline=False),
     Line("decode, Tk 32768, 32/8 heads, float32", "decode", {"dtype": "float32"}),
     Line("decode, Tk 32768, 32/8 heads, bfloat16", "decode", {"dtype": "bfloat16"}),
     Line("a tiny call, 1 thread", "overhead", {}, "sdpa", "SDPA"),
+    *(
+        Line(work, suite, BOTH if suite == "dropout" else {}, "without", against, "attention_features", headline=False)
+        for work, suite, against in (
+            ("dropout 0.1, T 2048, forward + backward", "dropout", "no dropout"),
+            ("decode, Tk 8192, pages of 16", "paged", "a cache in one piece"),
+        )
+    ),
     *(
         Line(f"{MODEL}, {words}, {dtype}", suite, {"dtype": dtype}, "sdpa", "SDPA")
         for suite, words in (("prefill", "a prompt"), ("step", "a decoding step"))
@@ -133,13 +141,15 @@ def gpu_table(measured: Sequence[Row]) -> str:
     return "\n".join([*lines, f"\n{about} TFLOP/s, decode in GB/s; the H100's figures are as published, in float16."])
 
 
-def table(measured: Sequence[Row]) -> str:
-    """The table of one machine with a CPU, in Markdown."""
+def table(measured: Sequence[Row], headlines: bool = False) -> str:
+    """The table of one machine with a CPU, in Markdown; of the headlines alone where asked for."""
     machine = max((row.machine for row in measured), key=lambda machine: machine.threads)
     mallocs = sorted({row.machine.malloc for row in measured})
     headings = ["work", "against", *(f"speed, malloc {malloc}" for malloc in mallocs), "of the ceiling"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for line in LINES:
+        if headlines and not line.headline:
+            continue
         here = [row for row in measured if line.sums_up(row)]
         if here:
             by_malloc = ([row for row in here if row.machine.malloc == malloc] for malloc in mallocs)
@@ -158,7 +168,7 @@ def table(measured: Sequence[Row]) -> str:
         lines.append(f"\nA layer of transformers takes {max(glue):.0f} µs beyond onchip.attention's call.")
     lines.append(
         f"\n{machine.name}, {machine.threads} threads, {machine.capability}, torch {machine.torch}. Ranges are over"
-        " sequence lengths and head dims. `onchip bench attention` measures yours."
+        " sequence lengths and head dims. `onchip bench` measures yours."
     )
     return "\n".join(lines)
 
@@ -180,21 +190,24 @@ def figure(measured: Sequence[Row]) -> str:
     )
 
 
-def updated(readme: str, results: Path = RESULTS) -> str:
-    """`readme` with what stands between its markers made anew."""
+def updated(page: str, results: Path = RESULTS) -> str:
+    """`page` with what stands between its markers made anew."""
     folders = sorted({path.parent for path in results.glob("*/*.jsonl")})
     machines = [[row for path in sorted(folder.glob("*.jsonl")) for row in rows.read(path)] for folder in folders]
     cpus = [machine for machine in machines if machine and not machine[0].machine.gpu]
     gpus = [machine for machine in machines if machine and machine[0].machine.gpu]
     parts = {
         "figure": figure([row for machine in cpus for row in machine]),
-        "performance": "\n\n".join([*map(table, cpus), *map(gpu_table, gpus or [[]])]),
+        "headlines": "\n\n".join(table(machine, headlines=True) for machine in cpus),
+        "cpu": "\n\n".join(map(table, cpus)),
+        "gpu": "\n\n".join(map(gpu_table, gpus or [[]])),
     }
     for name, text in parts.items():
         begin, end = f"<!-- {name}: made by benchmarks/table.py -->\n", f"<!-- end of {name} -->"
-        before, rest = readme.split(begin)
-        readme = before + begin + text + "\n" + end + rest.split(end)[1]
-    return readme
+        if begin in page:
+            before, rest = page.split(begin)
+            page = before + begin + text + "\n" + end + rest.split(end)[1]
+    return page
 
 
 def _rate(row: Row, name: str) -> str:
@@ -216,7 +229,9 @@ def _percent(values: Iterable[float]) -> str:
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if updated(text) == text else "README.md is older than the rows: python benchmarks/table.py")
-    README.write_text(updated(text))
+    for page in PAGES:
+        text = page.read_text()
+        if "--check" not in sys.argv[1:]:
+            page.write_text(updated(text))
+        elif updated(text) != text:
+            sys.exit(f"{page.name} is older than the rows: python benchmarks/table.py")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = {
+    "attention_features": "Measure what dropout, block masks and pages cost, against onchip.attention without them.",
     "mamba": "Measure whole models: transformers' Mamba with onchip and without, and decoding steps of Mamba-2.",
     "causal_conv1d": "Measure onchip.causal_conv1d, width 4 with SiLU, against PyTorch's depthwise conv1d.",
     "selective_scan": "Measure onchip.selective_scan, D 512, N 16, against transformers' loop and mambapy.",
@@ -84,6 +85,13 @@ _PASSES = """\
 * **backward**: both passes
 """
 _SUITES = {
+    "attention_features": """\
+* **dropout**: 0.1 of the probabilities, T 2048
+
+* **block_sparse**: tiles of 128 at T 8192, from 1/16 to 3/4 of them seen
+
+* **paged**: a decoding step over 8192 keys in pages of 16
+""",
     "mamba": """\
 * **forward**: transformers' Mamba, 4 layers of 256 features, over T tokens, and the time of a token, which stays
 
@@ -94,7 +102,7 @@ _SUITES = {
 * **context**: a decoding step after T tokens, 4 layers of 256 features: its time and its state do not grow
 
 * **once**, where asked for: train at T 1024, transformers without onchip timed a single time, as it takes minutes
-"""
+""",
 }
 
 
