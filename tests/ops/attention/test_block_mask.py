@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import onchip
 from onchip import BlockMask
+from onchip.ops.attention import block_patterns
 
 from . import cases
 from .support import Case, differentiate, randn_case, run, threads
@@ -132,6 +133,12 @@ def test_a_long_mask_is_small():
         BlockMask.documents([700] * (n // 700)),
     ):
         assert sum(x.nbytes for x in mask.tensors) < 64 * n
+
+
+@pytest.mark.parametrize("n_global", [0, 1])
+def test_queries_before_the_first_key_cost_nothing(n_global):
+    layout = block_patterns.local(2048, 64, (10, 0), n_global, 32)
+    assert len(layout.tiles) <= 4 + n_global * (2048 // 32 + 2)
 
 
 def test_density_counts_tiles():

@@ -39,7 +39,8 @@ def local(tq: int, tk: int, window: Window, n_global: int, block: int) -> Layout
     """A window along the diagonal, and the first keys and queries."""
     ahead, rows, columns = tk - tq, np.arange(_count(tq, block)), _count(tk, block)
     global_columns = min(_count(n_global, block), columns)
-    sees_all = rows * block + ahead < n_global  # some of its queries may
+    first = rows * block + ahead
+    sees_all = (first < n_global) & (first + block > 0) & (n_global > 0)  # some of its queries may
     tiles = _joined(
         columns,
         _in_window(tq, tk, window, block),
