@@ -151,7 +151,7 @@ WRONG = {
     ),
     "seq_idx and states": (
         lambda: causal_conv1d_fn(X, WEIGHT, seq_idx=torch.zeros(2, 5).int(), return_final_states=True),
-        "seq_idx goes with neither",
+        "seq_idx goes with neither initial_states nor return_final_states, got return_final_states=True",
     ),
     "seq_idx": (
         lambda: causal_conv1d_fn(X, WEIGHT, seq_idx=torch.zeros(5).int()),

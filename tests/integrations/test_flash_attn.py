@@ -280,6 +280,17 @@ FLAT = (X[0], X[0], X[0], CU, CU, 3, 3)
             r"k_descale.*\(1, 2\)",
         ),
         (lambda: hopper.flash_attn_func(X.to(torch.float8_e4m3fn), X, X), TypeError, "k must be float8_e4m3fn"),
+        (lambda: hopper.flash_attn_func(X, X, X, qv=X.double()), TypeError, "qv must have q's dtype torch.float32"),
+        (
+            lambda: hopper.flash_attn_func(*(torch.zeros(1, 3, h, 8).to(torch.float8_e4m3fn) for h in (3, 2, 2))),
+            ValueError,
+            "q must have a multiple of k's 2 heads, got 3",
+        ),
+        (
+            lambda: hopper.flash_attn_varlen_func(*[X[0].to(torch.float8_e4m3fn)] * 3, CU - 1, CU, 3, 3),
+            ValueError,
+            "cu_seqlens_q must run from 0 to the number of rows",
+        ),
         (lambda: hopper.flash_attn_qkvpacked_func(X, num_heads_q=1), ValueError, "num_heads_q=1"),
     ],
 )

@@ -327,6 +327,30 @@ INTS = {"dtype": torch.int32}
             "tables must cover 2 positions for row 0, whose new keys begin at 1, got 1",
         ),
         (
+            lambda: FA3(X, CACHE, CACHE, X, X, None, X[0, :, 0, :4], X[0, :, 0, :4], 1, rotary_seqlens=[0, 0]),
+            TypeError,
+            "rotary_seqlens must be a tensor of int32 or int64, got list",
+        ),
+        (
+            lambda: FA3(X, CACHE, CACHE, X, X, None, X[0, :, 0, :4], X[0, :, 0, :4], 1, rotary_seqlens=torch.zeros(2)),
+            TypeError,
+            "rotary_seqlens must be a tensor of int32 or int64, got torch.float32",
+        ),
+        (
+            lambda: flash_attn.flash_attn_varlen_func(
+                X[:, 0], CACHE, CACHE, CU, None, 1, 1, block_table=torch.zeros(2, 1, **INTS)
+            ),
+            TypeError,
+            "cu_seqlens_k must be an int32 or int64 tensor, got NoneType",
+        ),
+        (
+            lambda: flash_attn.flash_attn_varlen_func(
+                X[:, 0], CACHE, CACHE, CU, ragged([1]), 1, 1, block_table=torch.zeros(2, 1, **INTS)
+            ),
+            ValueError,
+            "cu_seqlens_k must have cu_seqlens_q's length 3, got 2",
+        ),
+        (
             lambda: FA3(X.clone().requires_grad_(), CACHE, CACHE, X, X, X, cache_seqlens=1),
             RuntimeError,
             "q requires a gradient",

@@ -131,6 +131,9 @@ def token(heads, expanded):
     return normal(BATCH, *shape, N), values
 
 
+NAMES = "x", "dt", "A", "B", "C", "D", "z", "dt_bias"
+
+
 def updated(state, x, dt, A, B, C, D, z, dt_bias):
     dt = F.softplus(dt + dt_bias)
     if state.ndim == 4:
@@ -148,6 +151,27 @@ def test_state_update(heads, expanded):
     y = selective_state_update(state, **values, dt_softplus=True)
     close(y, expected)
     close(state, new)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("heads", "expanded"), [(None, False), (4, False), (4, True)])
+@pytest.mark.parametrize("of_state", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_x, of_rest", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_state_update_in_mixed_dtypes(heads, expanded, of_state, of_x, of_rest, gradients, indexed):
+    """mamba_ssm computes in float32 and rounds the state to its own dtype, which its Mamba2 takes from its weights."""
+    state, values = token(heads, expanded)
+    state = state.to(of_state)
+    values["x"] = values["x"].to(getattr(torch, of_x))
+    values |= {name: values[name].to(getattr(torch, of_rest)) for name in ("B", "C", "z")}
+    expected, new = updated(*(u.double() for u in (state, *(values[name] for name in NAMES))))
+    values["B"].requires_grad_(gradients)
+    options = {"state_batch_indices": torch.arange(BATCH)} if indexed else {}
+    y = selective_state_update(state, **values, dt_softplus=True, **options)
+    assert (y.dtype, state.dtype) == (getattr(torch, of_x), of_state)
+    for got, want in ((y, expected), (state, new)):
+        rounding = torch.finfo(got.dtype).eps / 2 * want.abs()
+        assert ((got.double() - want).abs() <= rounding + 1e-5).all()
 
 
 @pytest.mark.parametrize(("heads", "expanded"), [(None, False), (4, True)])

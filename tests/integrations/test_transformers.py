@@ -1,5 +1,7 @@
 """Models of transformers give with `attn_implementation="onchip"` what they give with eager attention."""
 
+import copy
+
 import pytest
 import torch
 
@@ -44,12 +46,14 @@ def pair(name, **changes):
     for field, value in changes.items():
         setattr(config, field, value)
     kind = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
-    eager = kind.from_config(config, attn_implementation="eager").eval()
+    # A copy for each: a model keeps the config that it was made of, and its implementation is written there.
+    eager = kind.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     with torch.no_grad():
         for key, parameter in eager.named_parameters():
             parameter.add_((1.0 if "sinks" in key else 0.1) * torch.randn_like(parameter))
-    ours = kind.from_config(config, attn_implementation="onchip").eval()
+    ours = kind.from_config(copy.deepcopy(config), attn_implementation="onchip").eval()
     ours.load_state_dict(eager.state_dict())
+    assert [model.config._attn_implementation for model in (eager, ours)] == ["eager", "onchip"]
     return eager, ours
 
 
@@ -196,6 +200,19 @@ def test_boundaries_alone_are_enough_for_the_layer(T):
         layer(module, *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
 
 
+def test_boundaries_and_padding_together_are_refused():
+    _, ours = pair("llama")
+    x, cu, mask = tokens(1, 13), torch.tensor([0, 5, 13], dtype=torch.int32), torch.ones(1, 13, dtype=torch.int64)
+    boundaries = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    close(
+        ours(input_ids=x, attention_mask=mask, use_cache=False, **boundaries).logits,
+        ours(input_ids=x, use_cache=False, **boundaries).logits,
+    )
+    mask[:, 11:] = 0
+    with pytest.raises(ValueError, match="cu_seq_lens_q cannot be given together with an attention_mask"):
+        ours(input_ids=x, attention_mask=mask, use_cache=False, **boundaries)
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_a_mask_of_the_callers_own(kind):
     x, eager_and_ours = tokens(2, 9), pair("llama")
@@ -242,6 +259,22 @@ def test_no_mask_of_all_pairs_where_less_says_the_same():
     mask = make(1, 4, 20, q_offset=8)  # a part of a prompt in a static cache
     assert (mask.end, mask.left, mask.visible) == (12, None, None)
     assert make(1, 1, 20, q_offset=19) is None
+
+
+@pytest.mark.parametrize(("shown", "T"), [(13, 13), (9, 4)])
+def test_padding_of_a_bidirectional_mask_is_one_row(shown, T):
+    """Also of a mask that ends early, and of queries that are not the keys."""
+    make, function = (
+        transformers.AttentionMaskInterface()["onchip"],
+        transformers.masking_utils.bidirectional_mask_function,
+    )
+    more = {"mask_function": function, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+    assert make(2, T, 13, attention_mask=torch.ones(2, 13, dtype=torch.bool), **more) is None
+    padded = padding("right").bool()[:, :shown]
+    mask = make(2, T, 13, attention_mask=padded, **more)
+    expected = transformers.masking_utils.sdpa_mask(2, T, 13, attention_mask=padded, **more)
+    assert mask.stride(2) == 0 and mask.dtype == torch.bool
+    assert torch.equal(mask, expected)
 
 
 def test_a_model_that_computes_with_its_mask_is_told():

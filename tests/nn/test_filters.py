@@ -52,6 +52,7 @@ def first_step(mixer, x_t, state):
 
 CHANGES = {
     "an optimizer's step": lambda mixer: torch.optim.SGD(mixer.parameters(), lr=0.1).step(),
+    "a fused optimizer's step": lambda mixer: torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True).step(),
     "a write": lambda mixer: mixer.log_dt.add_(0.5),
     "another storage": lambda mixer: setattr(mixer.log_dt, "data", mixer.log_dt.data + 0.5),
     "another parameter": lambda mixer: setattr(mixer, "C", torch.nn.Parameter(mixer.C + 1)),
@@ -86,6 +87,26 @@ def test_a_new_sequence_sees_writes_that_pytorch_does_not_count():
 
 
 @pytest.mark.parametrize("name", ["lssl", "s4", "s4d"])
+def test_evaluation_sees_writes_that_pytorch_does_not_count(name):
+    """Those of a fused optimizer, for one, whether gradients were recorded since the evaluation before or not."""
+    mixer, x = MIXERS[name]().double(), normal(1, 5, 3)
+
+    def forms():
+        with torch.no_grad():
+            y, _ = mixer(x, mixer_state)
+            return mixer(x), mixer.matrix(x), y, first_step(mixer, x[:, 0], mixer_state)
+
+    mixer_state = mixer.initial_state(1)
+    mixer(x).square().sum().backward()
+    before = forms()
+    torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True).step()
+    for now, then in zip(forms(), before, strict=True):
+        assert not torch.equal(now, then)
+    with torch.no_grad():
+        torch.testing.assert_close(forms()[0], copy.deepcopy(mixer)(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lssl", "s4", "s4d"])
 def test_steps_discretize_once(name, monkeypatch):
     mixer, calls = MIXERS[name](), []
     discretize = mixer._discretize
@@ -108,6 +129,11 @@ def test_memory_is_constant(make):
         _, state = mixer(torch.randn(2, 100, 3), state)
         _, state = mixer.step(torch.randn(2, 3), state)
     assert state.nbytes == nbytes
+
+
+@each_mixer
+def test_no_tokens_have_an_empty_matrix(make):
+    assert make().matrix(torch.randn(2, 0, 3)).shape == (2, 3, 0, 0)
 
 
 @each_mixer

@@ -3,6 +3,7 @@
 They take `(B, T, …)`, or `(total, …)` with `cu_seqlens`; a packed call has a state for each of its sequences.
 """
 
+import warnings
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -54,6 +55,28 @@ def check_boundaries(cu_seqlens: Tensor, x: Tensor) -> None:
         raise TypeError(f"cu_seqlens must be on x's device {x.device}, got {cu_seqlens.device}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+
+
+_grown = {"warned": False, "looked on a GPU": False}
+
+
+def warn_of_growth(A: Tensor) -> None:
+    """Say once that a state grows where it was to decay. On a GPU only the first call looks: it waits for the GPU."""
+    if _grown["warned"] or type(A) not in (Tensor, torch.nn.Parameter) or A.is_meta:
+        return
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if A.is_cuda:
+        if _grown["looked on a GPU"] or torch.cuda.is_current_stream_capturing():
+            return
+        _grown["looked on a GPU"] = True
+    if A.amax() > 0:
+        _grown["warned"] = True
+        warnings.warn(
+            f"A has positive entries, the largest {A.amax().item():.3g}: with positive dt the state grows "
+            "exponentially along the sequence. Mamba's A is negative, -exp(A_log).",
+            stacklevel=3,
+        )
 
 
 def boundaries(cu_seqlens: Tensor, rows: int) -> list[int]:

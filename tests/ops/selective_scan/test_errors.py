@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import onchip
-from onchip.ops.selective_scan import checks
 
 from .support import case
 
@@ -105,14 +104,3 @@ WRONG_STEPS = {
 def test_a_step_refuses(more, error, message):
     with pytest.raises(error, match=message):
         onchip.selective_scan_step(**(STEP | more))
-
-
-def test_a_growing_state_is_warned_of_once(monkeypatch, recwarn):
-    monkeypatch.setattr(checks, "_grown", {"warned": False, "looked on a GPU": False})
-    growing = CALL.arguments | {"A": -A}
-    onchip.selective_scan(**CALL.arguments)
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match="A has positive entries, the largest"):
-        onchip.selective_scan(**growing)
-    onchip.selective_scan(**growing)
-    assert not recwarn.list

@@ -56,7 +56,8 @@ def causal_conv1d_fn(
         raise ValueError("final_states_out is only written with return_final_states=True")
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
-            raise ValueError("seq_idx goes with neither initial_states nor return_final_states, got both")
+            given = "initial_states" if initial_states is not None else "return_final_states=True"
+            raise ValueError(f"seq_idx goes with neither initial_states nor return_final_states, got {given}")
         return _packed(x, weight, bias, seq_idx, activation)
     if initial_states is not None:
         shape = (x.shape[0], x.shape[1], "W - 1")

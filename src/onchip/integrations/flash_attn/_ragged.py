@@ -40,13 +40,21 @@ class Rows(NamedTuple):
         return self.place + self.longest - self.lengths[self.sequence]
 
 
-def rows_of(name: str, boundaries: Tensor, rows: int) -> Rows:
-    """The rows between these boundaries, which are checked."""
-    if not isinstance(boundaries, Tensor) or boundaries.dtype not in (torch.int32, torch.int64):
-        got = getattr(boundaries, "dtype", type(boundaries).__name__)
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
+def check_boundaries(name: str, boundaries: Tensor) -> None:
+    """A line of integers; what they are is not looked at."""
+    _check_integers(name, boundaries)
     if boundaries.ndim != 1 or len(boundaries) == 0:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
+
+
+def _check_integers(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+
+def rows_of(name: str, boundaries: Tensor, rows: int) -> Rows:
+    """The rows between these boundaries, which are checked."""
+    check_boundaries(name, boundaries)
     longest = attention_checks.longest_sequence(name, read(boundaries).tolist(), rows)
     lengths = boundaries.diff().long()
     sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=rows)
@@ -57,8 +65,7 @@ def rows_of(name: str, boundaries: Tensor, rows: int) -> Rows:
 def used_rows(name: str, boundaries: Tensor, used: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Which rows are the first `used[b]` of their sequences, and those rows' own boundaries."""
     all_rows = rows_of(f"cu_seqlens_{name[-1]}", boundaries, rows)
-    if not isinstance(used, Tensor) or used.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(used, 'dtype', type(used).__name__)}")
+    _check_integers(name, used)
     if used.shape != all_rows.lengths.shape:
         raise ValueError(f"{name} must have shape ({len(all_rows.lengths)},), got {tuple(used.shape)}")
     if bool(((used < 0) | (used > all_rows.lengths)).any()):
@@ -183,7 +190,8 @@ def _check(
     k, v = (None, None) if new is None else (new[0][None], new[1][None])
     checks.check_tensors(q[None], cache.k, cache.v, k, v, cache.table)
     batch = len(queries.lengths)
-    checks.check_places(q.new_empty(batch, 0, 1, 1), cache.k, cache.lengths, cache.leftpad, cache.table)
+    rows = q.new_empty(batch, 0, 1, 1)
+    checks.check_places(rows, cache.k, cache.lengths, cache.leftpad, cache.table)
     added = torch.zeros_like(queries.lengths) if new is None else new[2].lengths
     if len(added) != batch:
         raise ValueError(f"cu_seqlens_k_new must have shape ({batch + 1},), got ({len(added) + 1},)")
@@ -199,8 +207,7 @@ def _check(
         raise ValueError(f"qv must have shape {want} and dtype {q.dtype}, got {tuple(qv.shape)} and {qv.dtype}")
     if rotary is not None:
         checks.check_rotary(q[None], k, rotary.tables, rotary.interleaved)
-        if rotary.begins.shape != (batch,):
-            raise ValueError(f"rotary_seqlens must have shape ({batch},), got {tuple(rotary.begins.shape)}")
+        checks.check_counts("rotary_seqlens", rotary.begins, rows)
         turned = queries.lengths if in_order else queries.lengths.clamp(max=1)
         for first, count in zip(rotary.begins.tolist(), torch.maximum(added, turned).tolist(), strict=True):
             if not 0 <= first <= rotary.tables[0].shape[0] - count:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onchip.integrations.flash_attn._arguments import Window, signed_probabilities, unpack, window
 from onchip.integrations.flash_attn._cache import cache_of, rotary_tables
-from onchip.integrations.flash_attn._ragged import attend, rows_of
+from onchip.integrations.flash_attn._ragged import attend, check_boundaries, rows_of
 from onchip.ops.attention import attention_with_lse, checks
 
 __all__ = [
@@ -397,6 +397,9 @@ def _paged(
     if settings.pop("seed") or dropout_p:
         raise NotImplementedError(f"dropout_p must be 0 where block_table is given, got {dropout_p}")
     queries = rows_of("cu_seqlens_q", cu_seqlens_q, len(q))
+    check_boundaries("cu_seqlens_k", cu_seqlens_k)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's length {len(cu_seqlens_q)}, got {len(cu_seqlens_k)}")
     places = None, None, ("block_table", block_table)
     cache = cache_of(len(queries.lengths), k, v, cu_seqlens_k.diff(), *places, appends=False)
     return attend(q, queries, cache, None, None, None, alibi_slopes=alibi_slopes, **settings)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onchip.integrations.flash_attn._arguments import Window, unpack, window
 from onchip.integrations.flash_attn._cache import cache_of, rotary_tables
-from onchip.integrations.flash_attn._ragged import Rotary, attend_in_layout, used_rows
+from onchip.integrations.flash_attn._ragged import Rotary, attend_in_layout, rows_of, used_rows
 from onchip.ops.attention import attention_with_lse
 from onchip.ops.merge_attention import merge_attention
 
@@ -394,6 +394,8 @@ def _attend(
     if qv is not None:
         if qv.shape != (*q.shape[:-1], v.shape[-1]):
             raise ValueError(f"qv must have shape {(*q.shape[:-1], v.shape[-1])}, got {tuple(qv.shape)}")
+        if not eight_bits and qv.dtype != q.dtype:
+            raise TypeError(f"qv must have q's dtype {q.dtype}, got {qv.dtype}")
         q, k = torch.cat([q, qv.to(q.dtype) if eight_bits else qv], -1), torch.cat([k, v], -1)
     rows, index = len(q), None
     if boundaries is not None:
@@ -443,11 +445,13 @@ def _out_of_eight_bits(
         factor = torch.ones(batch, heads, device=x.device) if descale is None else descale
         if factor.shape != (batch, heads):
             raise ValueError(f"{name}_descale must have shape ({batch}, {heads}), got {tuple(factor.shape)}")
+        if heads == 0 or x.shape[-2] % heads:
+            raise ValueError(f"{name} must have a multiple of k's {heads} heads, got {x.shape[-2]}")
         factor = factor.float().repeat_interleave(x.shape[-2] // heads, dim=1)
         if boundaries is None:
             factor = factor[:, None]
         else:
-            starts = boundaries[0] if name == "q" else boundaries[1]
-            factor = factor.repeat_interleave(starts.diff(), dim=0)
+            at = ("cu_seqlens_q", boundaries[0]) if name == "q" else ("cu_seqlens_k", boundaries[1])
+            factor = factor[rows_of(*at, len(x)).sequence]
         wide.append(x.float() * factor[..., None])
     return wide

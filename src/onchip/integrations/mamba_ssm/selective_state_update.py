@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from onchip.ops import selective_scan_step, ssd_step
+from onchip.ops._sequence import STATE_DTYPES
 
 __all__ = ["selective_state_update"]
 
@@ -24,8 +25,8 @@ def selective_state_update(
     """One token; see `onchip.selective_scan_step` and, where a head has one decay, `onchip.ssd_step`.
 
     Args:
-        state: `(batch, dim, d_state)`, or `(batch, heads, dim, d_state)` with heads in all that follows; updated in
-            place. With `state_batch_indices` it may have another batch.
+        state: `(batch, dim, d_state)`, or `(batch, heads, dim, d_state)` with heads in all that follows, in any
+            floating dtype, as the others; updated in place. With `state_batch_indices` it may have another batch.
         x: `(batch, dim)`.
         dt: as x.
         A: `(dim, d_state)`.
@@ -57,10 +58,10 @@ def selective_state_update(
     rows = state if state_batch_indices is None else state[state_batch_indices.long()]
     given = (x, rows, dt, A, B, C, D, z, dt_bias)
     recorded = torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in given)
-    if recorded or not rows.is_contiguous():
-        rows = rows.clone(
-            memory_format=torch.contiguous_format
-        )  # autograd must not save the state, which changes below
+    wide = STATE_DTYPES.get(x.dtype, rows.dtype)
+    if recorded or rows.dtype != wide or not rows.is_contiguous():
+        # Also a copy where gradients are recorded: autograd must not save the state, which changes below.
+        rows = rows.to(wide, copy=True, memory_format=torch.contiguous_format)
     B, C = (u if u.ndim == 3 else u[:, None] for u in (B, C))
     step = _mamba2_step if state.ndim == 4 and _one_decay_per_head(dt, A, dt_bias) else _mamba_step
     y, new = step(rows, x, dt, A, B, C, D, z, dt_bias, dt_softplus, in_place=not recorded)
@@ -86,10 +87,14 @@ def _mamba2_step(
 ) -> tuple[Tensor, Tensor]:
     """`(batch, heads, dim)` with one decay per head."""
     dt_bias = None if dt_bias is None else dt_bias[..., 0]
-    out_state = state if in_place else None
-    return ssd_step(
+    dtype, out_state = x.dtype, state if in_place else None
+    if any(u is not None and u.dtype != dtype for u in (B, C, z)):  # they have x's dtype in `ssd_step`
+        x, B, C = (u.to(state.dtype) for u in (x, B, C))
+        z = None if z is None else z.to(state.dtype)
+    y, new = ssd_step(
         x, state, dt[..., 0], A[:, 0, 0], B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, out_state=out_state
     )
+    return y.to(dtype), new
 
 
 def _mamba_step(

@@ -110,7 +110,7 @@ def _mask(
     **others: Any,
 ) -> Tensor | None:
     """What the layers need to know: None, a `CausalMask`, or else transformers' own boolean `(B, 1, T, S)`."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     def written_out() -> Tensor | None:
         mask: Tensor | None = sdpa_mask(
@@ -135,21 +135,27 @@ def _mask(
     if packed is not None and attention_mask is None:
         boundaries, left = packed
         return CausalMask.of(None, left, q_length, device, boundaries, written_out)
+    if mask_function is bidirectional_mask_function and attention_mask is not None:
+        visible = _visible(attention_mask, kv_offset, kv_length)
+        return None if visible is None else visible.expand(-1, -1, q_length, -1)  # in memory one row for all queries
     causal = mask_function in (None, causal_mask_function) or _slides(config, local_size)
     if not allow_is_causal_skip or not causal:
         return written_out()
     end = int(q_offset) + q_length - kv_offset
     if not q_length <= end <= kv_length:
         return written_out()
-    visible = None
-    if attention_mask is not None:
-        visible = torch.nn.functional.pad(attention_mask, (0, max(kv_offset + end - attention_mask.shape[-1], 0)))
-        visible = visible[:, None, None, kv_offset : kv_offset + end]
-        visible = None if bool(visible.all()) else visible
+    visible = None if attention_mask is None else _visible(attention_mask, kv_offset, end)
     left = local_size - 1 if local_size is not None and local_size < end else None
     if visible is None and left is None and (end == q_length or (q_length == 1 and end == kv_length)):
         return None
     return CausalMask.of(visible, left, end, device)
+
+
+def _visible(attention_mask: Tensor, first: int, keys: int) -> Tensor | None:
+    """`(B, 1, 1, keys)` boolean, False where a key is padding or beyond the mask's end; None where none is."""
+    visible = torch.nn.functional.pad(attention_mask, (0, max(first + keys - attention_mask.shape[-1], 0)))
+    visible = visible[:, None, None, first : first + keys]
+    return None if bool(visible.all()) else visible
 
 
 def _slides(config: Any, local_size: int | None) -> bool:
@@ -230,6 +236,11 @@ def _attention(
             end = T  # a static cache at its beginning: the keys after these are yet to come
     elif type(attention_mask) is CausalMask:
         causal, left, end, bias = True, attention_mask.left, attention_mask.end, attention_mask.visible
+        if bias is not None and cu_seq_lens_q is not None:
+            raise ValueError(
+                "cu_seq_lens_q cannot be given together with an attention_mask that hides padding: leave the padding "
+                "out of the packed sequences, or give neither and position_ids that restart"
+            )
         if attention_mask.boundaries is not None:
             cu_seq_lens_q = cu_seq_lens_k = attention_mask.boundaries
             packed = True

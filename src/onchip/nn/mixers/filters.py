@@ -70,9 +70,10 @@ class FilterState(State):
 class TimeInvariantFilters(Filters[FilterState]):
     """Filters whose systems do not change with time: convolutions in parallel, recurrences in steps.
 
-    A family gives its parameters and `_discretize`. While no gradients are recorded, what that computes is kept: it is
-    made again when a parameter or buffer is another tensor or was written to, and for each `initial_state`. (Writes
-    through `.data`, of which PyTorch does not keep count, are seen by the next `initial_state`.)
+    A family gives its parameters and `_discretize`. While no gradients are recorded, steps keep what that computes: it
+    is made again when a parameter or buffer is another tensor or was written to, and by every other form and each
+    `initial_state`. (PyTorch keeps no count of what is written through `.data`, nor of fused optimizers' steps: only
+    decoding that goes on across such a write would not see it.)
     """
 
     def __init__(self, d_model: int, state_size: int, is_complex: bool, dt_min: float, dt_max: float) -> None:
@@ -99,7 +100,7 @@ class TimeInvariantFilters(Filters[FilterState]):
         self._check_state(x_t, state)
         with self._exactly():
             u = x_t.to(self._dtype)
-            y, x = self._system().step(u, state.x)
+            y, x = self._kept_system().step(u, state.x)
             y = y + self.D * u
         return self._output(y, x_t), FilterState(x)
 
@@ -135,7 +136,16 @@ class TimeInvariantFilters(Filters[FilterState]):
         return self._outputs(y, u, x), FilterState(last)
 
     def _system(self) -> System:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """The systems of the parameters as they are now."""
+        if not torch.compiler.is_compiling():
+            self._kept = None
+        return self._kept_system()
+
+    def _kept_system(self) -> System:
+        if torch.compiler.is_compiling():
+            return self._discretize()
+        if torch.is_grad_enabled():  # an optimizer's step may come of it
+            self._kept = None
             return self._discretize()
         made_of = [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
         if any(tensor.is_inference() for tensor in made_of):  # they count no writes

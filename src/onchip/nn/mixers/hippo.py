@@ -112,7 +112,8 @@ class HiPPO(Filters[HiPPOState]):
         """What the output owes to each input, `(B, d_model, T, T)`, without D; memory T²·N."""
         T = x.shape[1]
         with self._exactly():
-            inputs = self._blocks(0, 1, T, keep=False)[0, :, self.d_state :]  # (T, T, N)
+            moves = self._blocks(0, 1, max(T, 1), keep=False)[0]
+            inputs = moves[:T, self.d_state : self.d_state + T]  # (T, T, N)
             return torch.einsum("tsn,hn->hts", inputs, self.C.to(self._dtype)).expand(len(x), -1, -1, -1)
 
     def _parallel(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

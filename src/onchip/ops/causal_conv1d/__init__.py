@@ -7,6 +7,7 @@ from torch import Tensor
 
 from onchip.ops import _select, _triton
 from onchip.ops._sequence import WithFinalState
+from onchip.ops.attention.checks import check_flag
 from onchip.ops.causal_conv1d import checks, cpu, op, reference, step
 from onchip.ops.causal_conv1d.checks import Activation
 
@@ -106,6 +107,7 @@ def causal_conv1d(
     True
     """
     silu = checks.check(x, weight, bias, activation, initial_state, cu_seqlens)
+    check_flag("return_final_state", return_final_state)
     tensors = (x, weight, bias, initial_state, cu_seqlens)
     if _select.choose("causal_conv1d", IMPLEMENTATIONS, backend, x) == "reference":
         out, final_state = reference.causal_conv1d(*tensors, silu)

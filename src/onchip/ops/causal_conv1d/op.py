@@ -5,9 +5,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from onchip.ops._library import in_torch_func_grad, library
+from onchip.ops._library import differentiated_once, in_torch_func_grad, library, needs_grad
 from onchip.ops.causal_conv1d import cpu
 from onchip.ops.causal_conv1d.outputs import add_through_final_state, final_state, output_like, state_like
 
@@ -107,12 +106,6 @@ def _(
     return output_like(x), weight.new_empty(weight.shape), grad_bias, grad_state
 
 
-def _needs_grad(args: tuple[Any, ...]) -> bool:
-    """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return backward or forward_ad._current_level >= 0
-
-
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -136,7 +129,7 @@ class _CausalConv1d(torch.autograd.Function):
         grad_final = grad_final if ctx.return_final_state else None
         args = (grad_out, grad_final, x, weight, bias, initial_state, cu_seqlens, ctx.silu, ctx.backend)
         if not torch.compiler.is_compiling() and in_torch_func_grad():
-            grads = _CausalConv1dBackward.apply(*args)  # type: ignore[no-untyped-call]
+            grads = _CausalConv1dBackward.apply(*args)
         else:
             grads = _causal_conv1d_backward(*args)
         kept = [grad if want else None for grad, want in zip(grads, ctx.needs_input_grad[:4], strict=True)]
@@ -149,37 +142,12 @@ class _CausalConv1d(torch.autograd.Function):
         )
 
 
-class _CausalConv1dBackward(torch.autograd.Function):
-    """Keeps a second derivative from being dropped in silence."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _causal_conv1d_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        _no_second_derivative()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        _no_second_derivative()
-
-
-def _no_second_derivative() -> None:
-    raise RuntimeError(
-        "causal_conv1d: the fused kernels have no second derivative; "
-        "call with backend='reference' to differentiate twice"
-    )
+_CausalConv1dBackward = differentiated_once("causal_conv1d", _causal_conv1d_backward)
 
 
 @torch.library.impl(library, "causal_conv1d", "Autograd")
 def _causal_conv1d_autograd(*args: Any) -> Any:
-    if _needs_grad(args):
+    if needs_grad(args):
         return _CausalConv1d.apply(*args)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return _causal_conv1d(*args)
@@ -187,7 +155,7 @@ def _causal_conv1d_autograd(*args: Any) -> Any:
 
 @torch.library.impl(library, "causal_conv1d_backward", "Autograd")
 def _causal_conv1d_backward_autograd(*args: Any) -> Any:
-    if _needs_grad(args):
-        return _CausalConv1dBackward.apply(*args)  # type: ignore[no-untyped-call]
+    if needs_grad(args):
+        return _CausalConv1dBackward.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _causal_conv1d_backward(*args)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _select, _triton
-from onchip.ops._sequence import STATE_DTYPES, WithFinalState, check_tensor
+from onchip.ops._sequence import STATE_DTYPES, WithFinalState, check_tensor, warn_of_growth
+from onchip.ops.attention.checks import check_flag
 from onchip.ops.selective_scan import checks, cpu, op, reference, step
 from onchip.ops.selective_scan.arguments import Call
 
@@ -138,7 +139,8 @@ def selective_scan(
     (torch.Size([1, 100, 8]), torch.Size([1, 8, 4]))
     """
     checks.check_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
-    checks.warn_of_growth(A)
+    check_flag("return_final_state", return_final_state)
+    warn_of_growth(A)
     call = Call(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
     if _select.choose("selective_scan", IMPLEMENTATIONS, backend, x, dt, A, B, C) == "reference":
         out, final_state = reference.selective_scan(*call)

@@ -1,11 +1,9 @@
 """What a call to the selective scan must satisfy, and the sentences that say so when it does not."""
 
-import warnings
-
-import torch
 from torch import Tensor
 
 from onchip.ops._sequence import STATE_DTYPES, check_boundaries, check_tensor
+from onchip.ops.attention.checks import check_flag
 
 
 def check_scan(
@@ -82,8 +80,7 @@ def check_channels(parameters: dict[str, Tensor | None], dt_softplus: bool, x: T
     for name, u in parameters.items():
         if u is not None:
             check_tensor(name, u, (x.shape[-1],), x, any_float=True)
-    if not isinstance(dt_softplus, bool):
-        raise TypeError(f"dt_softplus must be True or False, got {dt_softplus!r}")
+    check_flag("dt_softplus", dt_softplus)
 
 
 def check_state(name: str, state: Tensor, count: int, x: Tensor, A: Tensor) -> None:
@@ -93,25 +90,3 @@ def check_state(name: str, state: Tensor, count: int, x: Tensor, A: Tensor) -> N
     if state.dtype not in allowed:
         names = " or ".join(map(str, dict.fromkeys(allowed)))
         raise TypeError(f"{name} must be {names} where x is {x.dtype}, got {state.dtype}")
-
-
-_grown = {"warned": False, "looked on a GPU": False}
-
-
-def warn_of_growth(A: Tensor) -> None:
-    """Say once that a state grows where it was to decay. On a GPU only the first call looks: it waits for the GPU."""
-    if _grown["warned"] or type(A) not in (Tensor, torch.nn.Parameter) or A.is_meta:
-        return
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if A.is_cuda:
-        if _grown["looked on a GPU"] or torch.cuda.is_current_stream_capturing():
-            return
-        _grown["looked on a GPU"] = True
-    if A.amax() > 0:
-        _grown["warned"] = True
-        warnings.warn(
-            f"A has positive entries, the largest {A.amax().item():.3g}: with positive dt the state grows "
-            "exponentially along the sequence. Mamba's A is negative, -exp(A_log).",
-            stacklevel=3,
-        )

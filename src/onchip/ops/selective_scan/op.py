@@ -5,9 +5,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from onchip.ops._library import in_torch_func_grad, library
+from onchip.ops._library import differentiated_once, in_torch_func_grad, library, needs_grad
 from onchip.ops.selective_scan import cpu
 from onchip.ops.selective_scan.arguments import Call
 
@@ -72,12 +71,6 @@ def _(*args: Any, backend: str | None = None) -> tuple[Tensor, ...]:
     return _split(args[3:], 11)[0].gradients()
 
 
-def _needs_grad(args: tuple[Any, ...]) -> bool:
-    """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return backward or forward_ad._current_level >= 0
-
-
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -99,7 +92,7 @@ class _SelectiveScan(torch.autograd.Function):
         grad_out = torch.zeros_like(x) if grad_out is None else grad_out
         args = (grad_out, grad_state, checkpoints, x, *more, ctx.dt_softplus, ctx.backend)
         if not torch.compiler.is_compiling() and in_torch_func_grad():
-            grads = _SelectiveScanBackward.apply(*args)  # type: ignore[no-untyped-call]
+            grads = _SelectiveScanBackward.apply(*args)
         else:
             grads = _selective_scan_backward(*args)
         kept = [grad if want else None for grad, want in zip(grads, ctx.needs_input_grad[:9], strict=True)]
@@ -112,37 +105,12 @@ class _SelectiveScan(torch.autograd.Function):
         )
 
 
-class _SelectiveScanBackward(torch.autograd.Function):
-    """Keeps a second derivative from being dropped in silence."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _selective_scan_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        _no_second_derivative()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        _no_second_derivative()
-
-
-def _no_second_derivative() -> None:
-    raise RuntimeError(
-        "selective_scan: the fused kernels have no second derivative; call with backend='reference' to differentiate "
-        "twice"
-    )
+_SelectiveScanBackward = differentiated_once("selective_scan", _selective_scan_backward)
 
 
 @torch.library.impl(library, "selective_scan", "Autograd")
 def _selective_scan_autograd(*args: Any) -> Any:
-    if _needs_grad(args):
+    if needs_grad(args):
         call, _, backend = _split(args, 12)
         return _SelectiveScan.apply(*call, backend)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
@@ -151,7 +119,7 @@ def _selective_scan_autograd(*args: Any) -> Any:
 
 @torch.library.impl(library, "selective_scan_backward", "Autograd")
 def _selective_scan_backward_autograd(*args: Any) -> Any:
-    if _needs_grad(args):
-        return _SelectiveScanBackward.apply(*args, *(None,) * (15 - len(args)))  # type: ignore[no-untyped-call]
+    if needs_grad(args):
+        return _SelectiveScanBackward.apply(*args, *(None,) * (15 - len(args)))
     with torch._C._AutoDispatchBelowAutograd():
         return _selective_scan_backward(*args)

@@ -27,7 +27,8 @@ def selective_scan(
     if cu_seqlens is not None:
         return _packed(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus)
     wide = STATE_DTYPES[x.dtype]
-    h = x.new_zeros(x.shape[0], *A.shape, dtype=wide) if initial_state is None else initial_state.to(wide)
+    # A copy, so that the final state after no tokens is not the caller's own.
+    h = x.new_zeros(x.shape[0], *A.shape, dtype=wide) if initial_state is None else initial_state.to(wide, copy=True)
     ys = []
     steps = time_steps(dt.to(wide), dt_bias, dt_softplus)
     for x_t, dt_t, B_t, C_t in zip(*(u.to(wide).unbind(1) for u in (x, steps, B, C)), strict=True):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _select, _triton
-from onchip.ops._sequence import WithFinalState
+from onchip.ops._library import needs_grad
+from onchip.ops._sequence import WithFinalState, warn_of_growth
+from onchip.ops.attention.checks import check_flag
 from onchip.ops.ssd import checks, cpu, op, reference
 
 Backend = Literal["cpu", "triton", "reference"]
@@ -100,7 +102,8 @@ def ssd(
     Args:
         x: `(B, T, H, P)`, or `(total, H, P)` with `cu_seqlens`; float64, float32, bfloat16 or float16; any strides.
         dt: `(B, T, H)` or `(total, H)`, floating: the time each step takes.
-        A: `(H,)`, floating: the rate of each head. Negative for a state that decays; exp(s · A) may overflow elsewhere.
+        A: `(H,)`, floating: the rate of each head; negative for a state that decays. Where an entry is positive the
+            first such call warns; on a GPU only the first call looks.
         B: `(B, T, G, N)` or `(total, G, N)`, in x's dtype; G divides H.
         C: as B.
         D: `(H,)` or `(H, P)`, floating: how much of x goes straight to the output.
@@ -147,7 +150,8 @@ def ssd(
     checks.check_sequence(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x.shape[-2], x)
     checks.check_chunk_size(chunk_size)
-    checks.check_flag("return_final_state", return_final_state)
+    check_flag("return_final_state", return_final_state)
+    warn_of_growth(A)
     if _select.choose("ssd", IMPLEMENTATIONS, backend, x, dt, A, B, C) == "reference":
         result = reference.ssd(x, dt, A, B, C, D, z, step, chunk_size, initial_state, cu_seqlens)
     else:
@@ -220,7 +224,7 @@ def ssd_step(
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, out_state)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x_t.shape[-2], x_t)
     inputs = (x_t, state, dt_t, A, B_t, C_t, D, z)
-    differentiated = op.needs_grad(*inputs, dt_bias)
+    differentiated = needs_grad((*inputs, dt_bias))
     if differentiated and out_state is not None:
         raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
     chosen = _select.choose("ssd_step", IMPLEMENTATIONS, backend, *inputs[:6])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from onchip.ops._sequence import STATE_DTYPES, check_boundaries, check_tensor
+from onchip.ops.attention.checks import check_flag
 from onchip.ops.ssd.reference import Step
 
 
@@ -117,8 +118,7 @@ def step_of(
     """How dt becomes a step, checked."""
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (heads,), like, any_float=True)
-    if not isinstance(dt_softplus, bool):
-        raise TypeError(f"dt_softplus must be True or False, got {dt_softplus!r}")
+    check_flag("dt_softplus", dt_softplus)
     if dt_limit is None:
         return Step(dt_bias, dt_softplus, None)
     if not isinstance(dt_limit, tuple | list) or len(dt_limit) != 2:
@@ -139,9 +139,3 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise TypeError(f"chunk_size must be an integer or None, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """A flag is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")

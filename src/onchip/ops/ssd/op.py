@@ -6,9 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from onchip.ops._library import in_torch_func_grad, library
+from onchip.ops._library import differentiated_once, in_torch_func_grad, library, needs_grad
 from onchip.ops._sequence import STATE_DTYPES
 from onchip.ops.ssd import cpu
 from onchip.ops.ssd.call import Call
@@ -114,12 +113,6 @@ def _(x_t: Tensor, *more: Any) -> Tensor:
     return x_t.new_empty(x_t.shape)
 
 
-def needs_grad(*args: Any) -> bool:
-    """Backward or forward: a tangent that came in unnoticed would be dropped in silence."""
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    return backward or forward_ad._current_level >= 0
-
-
 class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -140,7 +133,7 @@ class _Ssd(torch.autograd.Function):
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else grad_out
         args = (grad_out, grad_state, *tensors, *ctx.settings)
         in_func = not torch.compiler.is_compiling() and in_torch_func_grad()
-        grads = _SsdBackward.apply(*args) if in_func else _ssd_backward(*args)  # type: ignore[no-untyped-call]
+        grads = _SsdBackward.apply(*args) if in_func else _ssd_backward(*args)
         kept = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False)]
         return (*kept, *(None,) * (len(ctx.needs_input_grad) - _DIFFERENTIABLE))
 
@@ -149,36 +142,12 @@ class _Ssd(torch.autograd.Function):
         raise RuntimeError("ssd: the kernels have no forward-mode derivative; call with backend='reference' for one")
 
 
-class _SsdBackward(torch.autograd.Function):
-    """Keeps a second derivative from being dropped in silence."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ssd_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        _no_second_derivative()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        _no_second_derivative()
-
-
-def _no_second_derivative() -> None:
-    raise RuntimeError(
-        "ssd: the kernels have no second derivative; call with backend='reference' to differentiate twice"
-    )
+_SsdBackward = differentiated_once("ssd", _ssd_backward)
 
 
 def _autograd(function: Any, op: Any) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        if needs_grad(*args):
+        if needs_grad(args):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

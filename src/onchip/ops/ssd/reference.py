@@ -65,7 +65,8 @@ def ssd(
     dt = step(dt.to(dtype))
     u, a = dt[..., None] * x.to(dtype), dt * A.to(dtype)
     b, c = (t.to(dtype).repeat_interleave(heads // t.shape[-2], -2) for t in (B, C))
-    y, state = _scan(u, a, b, c, initial_state.to(dtype), chunk_size or CHUNK)
+    # A copy, so that the final state after no steps is not the caller's own.
+    y, state = _scan(u, a, b, c, initial_state.to(dtype, copy=True), chunk_size or CHUNK)
     return _skip_and_gate(y, x, D, z), state
 
 
