@@ -329,12 +329,12 @@ INTS = {"dtype": torch.int32}
         (
             lambda: FA3(X, CACHE, CACHE, X, X, None, X[0, :, 0, :4], X[0, :, 0, :4], 1, rotary_seqlens=[0, 0]),
             TypeError,
-            "rotary_seqlens must be an int32 or int64 tensor, got list",
+            "rotary_seqlens must be a tensor of int32 or int64, got list",
         ),
         (
             lambda: FA3(X, CACHE, CACHE, X, X, None, X[0, :, 0, :4], X[0, :, 0, :4], 1, rotary_seqlens=torch.zeros(2)),
             TypeError,
-            "rotary_seqlens must be an int32 or int64 tensor, got torch.float32",
+            "rotary_seqlens must be a tensor of int32 or int64, got torch.float32",
         ),
         (
             lambda: flash_attn.flash_attn_varlen_func(

@@ -190,7 +190,8 @@ def _check(
     k, v = (None, None) if new is None else (new[0][None], new[1][None])
     checks.check_tensors(q[None], cache.k, cache.v, k, v, cache.table)
     batch = len(queries.lengths)
-    checks.check_places(q.new_empty(batch, 0, 1, 1), cache.k, cache.lengths, cache.leftpad, cache.table)
+    rows = q.new_empty(batch, 0, 1, 1)
+    checks.check_places(rows, cache.k, cache.lengths, cache.leftpad, cache.table)
     added = torch.zeros_like(queries.lengths) if new is None else new[2].lengths
     if len(added) != batch:
         raise ValueError(f"cu_seqlens_k_new must have shape ({batch + 1},), got ({len(added) + 1},)")
@@ -206,9 +207,7 @@ def _check(
         raise ValueError(f"qv must have shape {want} and dtype {q.dtype}, got {tuple(qv.shape)} and {qv.dtype}")
     if rotary is not None:
         checks.check_rotary(q[None], k, rotary.tables, rotary.interleaved)
-        _check_integers("rotary_seqlens", rotary.begins)
-        if rotary.begins.shape != (batch,):
-            raise ValueError(f"rotary_seqlens must have shape ({batch},), got {tuple(rotary.begins.shape)}")
+        checks.check_counts("rotary_seqlens", rotary.begins, rows)
         turned = queries.lengths if in_order else queries.lengths.clamp(max=1)
         for first, count in zip(rotary.begins.tolist(), torch.maximum(added, turned).tolist(), strict=True):
             if not 0 <= first <= rotary.tables[0].shape[0] - count:
