@@ -34,3 +34,23 @@ def test_takes_every_option(capsys):
         "--batch-invariant", "--backend", "reference",
     )  # fmt: skip
     assert code == 1 and "reference  cannot serve: batch_invariant=True" in out
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [("causal_conv1d", "2,9,8"), ("selective_scan", "2,9,8"), ("ssd", "2,9,4,8")],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_explains_the_state_space_operations(capsys, operation, shape, device):
+    with pytest.raises(SystemExit) as exited:
+        main(["explain", operation, "--shape", shape, "--device", device])
+    lines = capsys.readouterr().out.splitlines()
+    assert exited.value.code == 0
+    assert lines[0] == operation
+    assert [line[2:11].strip() for line in lines[1:]] == ["cpu", "triton", "reference"]
+
+
+def test_explains_attention_over_a_cache(capsys):
+    code, out = explain(capsys, "--shape", "4,1,32,128", "--kv-shape", "4,8192,8,128", "--cache", "--causal")
+    assert code == 0
+    assert out.splitlines()[0] == "attention_with_cache"
