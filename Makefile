@@ -40,7 +40,7 @@ test-gpu: .gpu ## Run the tests of the operations on the GPU, with the machine's
 bench-gpu: .gpu ## Measure attention on the GPU, with the machine's own python3, into benchmarks/results (under 10 minutes)
 	mkdir -p $(OUT)
 	$(ON_GPU) -m onchip bench attention --device cuda --suite forward,backward,decode --seconds 1 --record $(ARGS); \
-	  code=$$?; $(ON_GPU) benchmarks/table.py; cp -R benchmarks/results README.md $(OUT); exit $$code
+	  code=$$?; $(ON_GPU) benchmarks/table.py; cp -R benchmarks/results README.md docs/speed.md $(OUT); exit $$code
 
 budgets: $(READY) ## Compile the kernels for GPUs that are not there and write what they take (about 3 minutes)
 	$(BIN)/python -m onchip.testing.budgets tests/budgets.toml

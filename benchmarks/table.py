@@ -1,4 +1,4 @@
-"""Write the performance figures in README.md anew from the rows in benchmarks/results.
+"""Write the figures in README.md and docs/speed.md anew from the rows in benchmarks/results.
 
 python benchmarks/table.py            rewrites what stands between the markers
 python benchmarks/table.py --check    exit code 1 where that would change anything
@@ -13,9 +13,14 @@ from onchip.bench import rows
 from onchip.bench.rows import Row
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 RESULTS = ROOT / "benchmarks" / "results"
 CEILINGS = {"mm": "torch.mm", "read": "read rate", "copy": "copy rate"}
+
+
+def operation_of(row: Row) -> str | None:
+    """What the row measures; None for attention."""
+    return getattr(row.case, "operation", None)
 
 
 @dataclass(frozen=True)
@@ -27,33 +32,58 @@ class Line:
     where: Mapping[str, object]
     peer: str = "sdpa_flash"
     against: str = "SDPA flash"
+    operation: str | None = None  # other than attention
+    headline: bool = True  # in README, too
 
     def sums_up(self, row: Row) -> bool:
         """Whether the row is one of the line's."""
-        about = row.case.suite == self.suite and self.peer in row.ratio
+        about = operation_of(row) == self.operation and row.case.suite == self.suite and self.peer in row.ratio
         return about and all(getattr(row.case, name) == value for name, value in self.where.items())
 
 
 FORWARD, BOTH, FULL, CAUSAL = {"grad": False}, {"grad": True}, {"causal": False}, {"causal": True}
 MASKED = "SDPA, dense mask"
 MODEL = "SmolLM2-135M's shape in transformers"
+MAMBA, ALONE = "Mamba of transformers, 4 layers of 256", "without onchip"
 LINES = [
     Line("float32 forward, full", "forward", FULL),
     Line("float32 forward, causal", "forward", CAUSAL),
     Line("float32 forward + backward, full", "backward", FULL),
     Line("float32 forward + backward, causal", "backward", CAUSAL),
-    Line("bfloat16 forward + backward, full", "bf16", FULL),
+    Line("bfloat16 forward + backward, full", "bf16", FULL, headline=False),
     Line("bfloat16 forward + backward, causal", "bf16", CAUSAL),
     Line("window 256, T 4096, forward", "window", FORWARD, "flex", "flex"),
-    Line("window 256, T 4096, forward", "window", FORWARD, against=MASKED),
-    Line("window 256, T 4096, forward + backward", "window", BOTH, against=MASKED),
+    Line("window 256, T 4096, forward", "window", FORWARD, against=MASKED, headline=False),
+    Line("window 256, T 4096, forward + backward", "window", BOTH, against=MASKED, headline=False),
     Line("decode, Tk 32768, 32/8 heads, float32", "decode", {"dtype": "float32"}),
     Line("decode, Tk 32768, 32/8 heads, bfloat16", "decode", {"dtype": "bfloat16"}),
     Line("a tiny call, 1 thread", "overhead", {}, "sdpa", "SDPA"),
     *(
+        Line(work, suite, BOTH if suite == "dropout" else {}, "without", against, "attention_features", headline=False)
+        for work, suite, against in (
+            ("dropout 0.1, T 2048, forward + backward", "dropout", "no dropout"),
+            ("decode, Tk 8192, pages of 16", "paged", "a cache in one piece"),
+        )
+    ),
+    *(
         Line(f"{MODEL}, {words}, {dtype}", suite, {"dtype": dtype}, "sdpa", "SDPA")
         for suite, words in (("prefill", "a prompt"), ("step", "a decoding step"))
         for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Line(work, suite, {"dtype": dtype}, peer, against or peer, operation)
+        for work, operation, suite, dtype, peer, against in (
+            ("causal_conv1d forward, W 4", "causal_conv1d", "forward", "float32", "conv1d", "torch conv1d"),
+            ("selective_scan forward", "selective_scan", "forward", "float32", "transformers", ""),
+            ("selective_scan forward + backward", "selective_scan", "backward", "float32", "mambapy", ""),
+            ("ssd forward", "ssd", "forward", "float32", "transformers", ""),
+            ("ssd forward + backward", "ssd", "backward", "float32", "transformers", ""),
+            (f"{MAMBA}, forward", "mamba", "forward", "float32", "transformers", ALONE),
+            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train", "float32", "transformers", ALONE),
+            (f"{MAMBA}, a training step, T 1024", "mamba", "once", "float32", "transformers", ALONE),
+            ("Mamba-2 130M's shape, a decoding step, float32", "mamba", "step", "float32", "transformers", ""),
+            ("Mamba-2 130M's shape, a decoding step, bfloat16", "mamba", "step", "bfloat16", "transformers", ""),
+        )
     ),
 ]
 
@@ -111,13 +141,15 @@ def gpu_table(measured: Sequence[Row]) -> str:
     return "\n".join([*lines, f"\n{about} TFLOP/s, decode in GB/s; the H100's figures are as published, in float16."])
 
 
-def table(measured: Sequence[Row]) -> str:
-    """The table of one machine with a CPU, in Markdown."""
+def table(measured: Sequence[Row], headlines: bool = False) -> str:
+    """The table of one machine with a CPU, in Markdown; of the headlines alone where asked for."""
     machine = max((row.machine for row in measured), key=lambda machine: machine.threads)
     mallocs = sorted({row.machine.malloc for row in measured})
     headings = ["work", "against", *(f"speed, malloc {malloc}" for malloc in mallocs), "of the ceiling"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for line in LINES:
+        if headlines and not line.headline:
+            continue
         here = [row for row in measured if line.sums_up(row)]
         if here:
             by_malloc = ([row for row in here if row.machine.malloc == malloc] for malloc in mallocs)
@@ -136,7 +168,7 @@ def table(measured: Sequence[Row]) -> str:
         lines.append(f"\nA layer of transformers takes {max(glue):.0f} µs beyond onchip.attention's call.")
     lines.append(
         f"\n{machine.name}, {machine.threads} threads, {machine.capability}, torch {machine.torch}. Ranges are over"
-        " sequence lengths and head dims. `onchip bench attention` measures yours."
+        " sequence lengths and head dims. `onchip bench` measures yours."
     )
     return "\n".join(lines)
 
@@ -145,7 +177,8 @@ def figure(measured: Sequence[Row]) -> str:
     """The one figure at the top."""
     trained = [
         row for row in measured
-        if row.case.suite == "backward" and row.case.causal and row.machine.malloc == "default"
+        if operation_of(row) is None and row.case.suite == "backward"
+        and row.case.causal and row.machine.malloc == "default"
     ]  # fmt: skip
     if not trained:
         return "Not measured yet."
@@ -157,21 +190,24 @@ def figure(measured: Sequence[Row]) -> str:
     )
 
 
-def updated(readme: str, results: Path = RESULTS) -> str:
-    """`readme` with what stands between its markers made anew."""
+def updated(page: str, results: Path = RESULTS) -> str:
+    """`page` with what stands between its markers made anew."""
     folders = sorted({path.parent for path in results.glob("*/*.jsonl")})
     machines = [[row for path in sorted(folder.glob("*.jsonl")) for row in rows.read(path)] for folder in folders]
     cpus = [machine for machine in machines if machine and not machine[0].machine.gpu]
     gpus = [machine for machine in machines if machine and machine[0].machine.gpu]
     parts = {
         "figure": figure([row for machine in cpus for row in machine]),
-        "performance": "\n\n".join([*map(table, cpus), *map(gpu_table, gpus or [[]])]),
+        "headlines": "\n\n".join(table(machine, headlines=True) for machine in cpus),
+        "cpu": "\n\n".join(map(table, cpus)),
+        "gpu": "\n\n".join(map(gpu_table, gpus or [[]])),
     }
     for name, text in parts.items():
         begin, end = f"<!-- {name}: made by benchmarks/table.py -->\n", f"<!-- end of {name} -->"
-        before, rest = readme.split(begin)
-        readme = before + begin + text + "\n" + end + rest.split(end)[1]
-    return readme
+        if begin in page:
+            before, rest = page.split(begin)
+            page = before + begin + text + "\n" + end + rest.split(end)[1]
+    return page
 
 
 def _rate(row: Row, name: str) -> str:
@@ -193,7 +229,9 @@ def _percent(values: Iterable[float]) -> str:
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if updated(text) == text else "README.md is older than the rows: python benchmarks/table.py")
-    README.write_text(updated(text))
+    for page in PAGES:
+        text = page.read_text()
+        if "--check" not in sys.argv[1:]:
+            page.write_text(updated(text))
+        elif updated(text) != text:
+            sys.exit(f"{page.name} is older than the rows: python benchmarks/table.py")

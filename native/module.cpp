@@ -13,6 +13,7 @@ namespace causal_conv1d { void bind(nb::module_&); }
 namespace hadamard { void bind(nb::module_&); }
 namespace selective_scan { void bind(nb::module_&); }
 namespace ssd { void bind(nb::module_&); }
+void bind_steps(nb::module_&);
 
 namespace {
 
@@ -72,4 +73,5 @@ NB_MODULE(_native, m) {
     hadamard::bind(m);
     selective_scan::bind(m);
     ssd::bind(m);
+    bind_steps(m);
 }

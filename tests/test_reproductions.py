@@ -49,6 +49,21 @@ def s4():
     yield from loaded("s4")
 
 
+@pytest.fixture(scope="module")
+def mamba():
+    yield from loaded("mamba")
+
+
+@pytest.fixture(scope="module")
+def mamba2():
+    yield from loaded("mamba2")
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    yield from loaded("synthetic")
+
+
 def loaded(name):
     spec = spec_from_file_location(name, REPRODUCTIONS / f"{name}.py")
     module = module_from_spec(spec)
@@ -273,3 +288,102 @@ def test_reconstruction_must_get_better_and_good(hippo):
     ):
         heard = {N: (1 + error) * signal for N, error in zip(hippo.ORDERS, errors, strict=True)}
         assert hippo.reconstruction(hippo.Memories(signal, signal, heard, signal)).holds is holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, exact", [("mamba", []), ("mamba2", [0])])
+def test_selective_reproductions_run(name, exact, tmp_path):
+    script = [sys.executable, str(REPRODUCTIONS / f"{name}.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    verdicts = re.findall("PASS|FAIL", run.stdout)  # a few steps of training teach nothing
+    assert len(verdicts) == 3, run.stderr
+    assert run.returncode == ("FAIL" in verdicts)
+    assert all(verdicts[i] == "PASS" for i in exact)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_selective_copying_asks_for_the_tokens_in_order(synthetic):
+    tokens, targets = synthetic.selective_copying(50, 20, 4, 6)
+    assert tokens.shape == targets.shape == (50, 24)
+    assert (tokens[:, 20:] == 1).all() and (targets[:, :20] == synthetic.NOT_ASKED).all()
+    strewn = [row[row != 0] for row in tokens[:, :20]]
+    assert all(row.equal(asked) for row, asked in zip(strewn, targets[:, 20:], strict=True))
+    assert set(targets[:, 20:].unique().tolist()) == {2, 3, 4, 5}
+    assert (tokens[:, :20] != 0).any(0).all()  # every place is taken in some row
+
+
+def test_induction_heads_ask_for_what_followed(synthetic):
+    tokens, targets = synthetic.induction_heads(200, 12, 5)
+    special = tokens == 0
+    assert special.sum(1).eq(2).all() and special[:, -1].all() and (targets[:, :-1] == synthetic.NOT_ASKED).all()
+    places = special.int().argmax(1)
+    assert targets[:, -1].equal(tokens[torch.arange(200), places + 1]) and targets[:, -1].min() == 1
+    assert set(places.tolist()) == set(range(10))
+
+
+def test_associative_recall_asks_each_key_once_for_its_value(synthetic):
+    tokens, targets = synthetic.associative_recall(100, 20, 3, 16)
+    for row, asked in zip(tokens.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[:6:2], row[1:6:2], strict=True))
+        found = [(token, value) for token, value in zip(row, asked, strict=True) if value != synthetic.NOT_ASKED]
+        assert len(pairs) == 3 and sorted(found) == sorted(pairs.items())
+        assert max(pairs) < 8 <= min(pairs.values())
+        assert sum(token < 8 for token in row) == 6
+
+
+def test_powers_of_two_reach_both_ends(synthetic):
+    assert {synthetic.power_of_two(8, 64) for _ in range(200)} == {8, 16, 32, 64}
+
+
+def test_training_learns_what_is_asked_for(synthetic):
+    def task(batch):
+        tokens = torch.randint(4, (batch, 8))
+        return synthetic.Batch(tokens, torch.where(torch.arange(8) < 6, synthetic.NOT_ASKED, (tokens + 1) % 4))
+
+    model = synthetic.language_model({"mixer": "attention", "n_heads": 2}, vocab_size=4, d_model=16, depth=1)
+    untrained, points = synthetic.accuracy(model, task(64)), synthetic.train(model, task, task(64), steps=60, lr=2e-2)
+    assert [point.step for point in points] == [50, 60]
+    assert untrained < 0.5 and points[-1].accuracy == synthetic.accuracy(model, task(64)) == 1
+
+
+@pytest.mark.parametrize("ours, s4d, holds", [(0.99, 0.5, True), (0.94, 0.5, False), (0.99, 0.7, False)])
+def test_copying_is_judged_at_the_end(mamba, synthetic, ours, s4d, holds):
+    learned = {"Mamba": [synthetic.Point(1, 0.1), synthetic.Point(2, ours)], "S4D": [synthetic.Point(2, s4d)]}
+    assert mamba.copying(learned).holds is holds
+
+
+@pytest.mark.parametrize("ours, attention, holds", [(1.0, 0.1, True), (0.5, 0.1, False), (1.0, 0.9, False)])
+def test_induction_is_judged_far_away(mamba, ours, attention, holds):
+    right = {"Mamba": dict.fromkeys(mamba.MULTIPLES, 1.0), "attention": dict.fromkeys(mamba.MULTIPLES, attention)}
+    right["attention"][1] = 1.0
+    right["Mamba"][mamba.FAR] = ours
+    assert mamba.induction(right).holds is holds
+    right["attention"][1] = 0.5  # which has learnt nothing that it could forget
+    assert not mamba.induction(right).holds
+
+
+@pytest.mark.parametrize(
+    "ours, attention, holds",
+    [((3, 6, 12), (2, 8, 32), True), ((3, 9, 27), (2, 8, 32), False), ((3, 6, 12), (4, 8, 16), False),
+     ((30, 60, 120), (2, 8, 32), False)],
+)  # fmt: skip
+def test_time_is_judged_by_its_growth(mamba, ours, attention, holds):
+    assert mamba.growth([512, 1024, 2048], {"Mamba": ours, "attention": attention}).holds is holds
+
+
+@pytest.mark.parametrize("error, holds", [(1e-13, True), (1e-9, False)])
+def test_duality_is_exact(mamba2, error, holds):
+    assert mamba2.duality(error).holds is holds
+
+
+@pytest.mark.parametrize("small, large, holds", [(1.0, 2.1, True), (3.0, 1.9, False)])
+def test_speed_is_judged_where_states_are_large(mamba2, small, large, holds):
+    speedups = {of: {16: Quartiles(small, small, small), 64: Quartiles(3, 3, 3)} for of in mamba2.PASSES}
+    speedups["forward"][128] = Quartiles(large, large, large)
+    assert mamba2.speed(speedups).holds is holds
+
+
+@pytest.mark.parametrize("best, holds", [(0.96, True), (0.9, False)])
+def test_recall_is_judged_at_the_best_learning_rate(mamba2, synthetic, best, holds):
+    ends = {1e-3: 0.3, 1e-2: best, 3e-2: 0.2}
+    assert mamba2.recall({rate: [synthetic.Point(1, end)] for rate, end in ends.items()}).holds is holds

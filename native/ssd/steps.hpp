@@ -33,9 +33,10 @@ public:
 
     void read(const Sequence& s, int64_t head, int64_t first, int64_t count) {
         read_row(step, p_.dt.at(s.batch, s.start + first, head), p_.dt.dtype, p_.dt.strides[1], count);
-        const T bias = p_.dt_bias ? *reinterpret_cast<const T*>(p_.dt_bias.at(head, 0, 0)) : T(0);
+        T bias = 0;
+        if (p_.dt_bias) read_row(&bias, p_.dt_bias.at(head, 0, 0), p_.dt_bias.dtype, 1, 1);
         for (int64_t t = 0; t < count; t += kLanes<T>) find_steps(load(step + t) + bias, step + t, slope + t);
-        rate_ = *reinterpret_cast<const T*>(p_.A.at(head, 0, 0));
+        read_row(&rate_, p_.A.at(head, 0, 0), p_.A.dtype, 1, 1);
         count_ = count;
         find_decays();
     }

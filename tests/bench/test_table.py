@@ -1,4 +1,4 @@
-"""README's table of a GPU: made from its rows where there are any, and else it says that there are none."""
+"""The table of a GPU in docs/speed.md: made from its rows where there are any, and else it says that there are none."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ from onchip.bench.rows import Row
 from onchip.bench.timing import Quartiles
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "speed.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +65,16 @@ def test_without_rows_it_claims_nothing(table):
     assert text.count("not run") == len(table.PUBLISHED)
 
 
-def test_readme_has_a_gpus_rows_where_there_are_any(table, measured, tmp_path):
-    none = table.updated(README, tmp_path)
+def test_the_page_has_a_gpus_rows_where_there_are_any(table, measured, tmp_path):
+    none = table.updated(PAGE, tmp_path)
     assert "No GPU was at hand" in none
     rows.merge(tmp_path / "gpu-1" / "attention.jsonl", measured)
-    some = table.updated(README, tmp_path)
+    some = table.updated(PAGE, tmp_path)
     assert "No GPU was at hand" not in some and "GPU 1" in some
     assert table.updated(some, tmp_path) == some
 
 
-def test_readme_says_no_gpu_was_at_hand_unless_there_are_rows_of_one(table):
+def test_the_page_says_no_gpu_was_at_hand_unless_there_are_rows_of_one(table):
     machines = [rows.read(path) for path in table.RESULTS.glob("*/attention.jsonl")]
     on_gpu = any(row.machine.gpu for machine in machines for row in machine)
-    assert ("No GPU was at hand" in README) is not on_gpu
+    assert ("No GPU was at hand" in PAGE) is not on_gpu

@@ -8,9 +8,9 @@ gives each a command.
 import dataclasses
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,34 +19,45 @@ from onchip.bench.attention import Error
 from onchip.bench.machine import Machine
 from onchip.bench.operation_case import OperationCase
 from onchip.bench.rows import Row
-from onchip.bench.timing import Candidate, Quartiles, interleave, quartiles, ratio
+from onchip.bench.timing import Candidate, Quartiles, interleave, quartiles, ratio, time_once
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation at one case. `call` is timed; `results` brings what it gives into onchip's layout."""
+    """One implementation at one case. `call` is timed, inside `scope`; `results` brings what it gives into our layout.
 
-    call: Callable[[], tuple[Tensor, ...]]
+    Where the call's results are too dear to compare, `checked` gives those of a smaller one.
+    """
+
+    call: Callable[[], Any]
     results: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda results: results
+    scope: Callable[[], AbstractContextManager[object]] = nullcontext
+    checked: Callable[[], tuple[Tensor, ...]] | None = None
 
     def found(self) -> tuple[Tensor, ...]:
-        """What the call gives."""
-        return tuple(x.detach() for x in self.results(self.call()))
+        """What is compared."""
+        with self.scope():
+            return tuple(x.detach() for x in self.results((self.checked or self.call)()))
 
 
 @dataclass(frozen=True)
 class Contest:
     """The contenders of a case, `onchip` and then the peer that its error is held against among them.
 
-    `truth` gives the results in float64, with `names`; `nbytes` must at least cross to memory. `served_by` is the
-    implementation behind onchip.
+    `truth` gives the results in float64, with `names`; `nbytes` must at least cross to memory, or be read where that is
+    the `ceiling`; 0 for none. `served_by` is the implementation behind onchip. Those named in `once` take minutes: they
+    are timed once, and not warm. With `tokens` the time of each is told, and with `figures` what else there is to tell.
     """
 
     contenders: Mapping[str, Contender]
     truth: Callable[[], tuple[Tensor, ...]]
     names: Sequence[str]
-    nbytes: int
     served_by: str
+    nbytes: int = 0
+    ceiling: Literal["copy", "read"] = "copy"
+    once: Sequence[str] = ()
+    tokens: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Benchmark(Protocol):
@@ -95,10 +106,14 @@ def measure(
     """
     held = contest(case)
     check(case, held)
-    half = torch.empty(held.nbytes // 8), torch.empty(held.nbytes // 8)  # read and written, in float32
-    candidates = {name: Candidate(contender.call, nullcontext) for name, contender in held.contenders.items()}
-    copy = {"copy": Candidate(lambda: half[0].copy_(half[1]))}
-    times = interleave(candidates | copy, torch.device("cpu"), seconds=seconds, min_rounds=min_rounds)
+    candidates = {name: Candidate(contender.call, contender.scope) for name, contender in held.contenders.items()}
+    slow = {name: candidates.pop(name) for name in held.once}
+    if held.nbytes:
+        candidates[held.ceiling] = Candidate(_ceiling(held))
+    times = interleave(candidates, torch.device("cpu"), seconds=seconds, min_rounds=min_rounds)
+    for name, candidate in slow.items():
+        times[name] = [time_once(candidate)] * len(times["onchip"])
+    a_token = {"µs a token": 1e6 * quartiles(times["onchip"]).median / held.tokens} if held.tokens else {}
     return Row(
         case=case,
         machine=dataclasses.replace(machine, threads=torch.get_num_threads()),
@@ -107,9 +122,21 @@ def measure(
         rounds=len(times["onchip"]),
         ms={name: _rounded(quartiles([1e3 * t for t in values])) for name, values in times.items()},
         ratio={name: _rounded(ratio(times[name], times["onchip"])) for name in held.contenders if name != "onchip"},
-        of="copy",
-        fraction={name: round(ratio(times["copy"], times[name]).median, 4) for name in held.contenders},
+        of=held.ceiling if held.nbytes else "",
+        fraction={
+            name: round(ratio(times[held.ceiling], times[name]).median, 4) for name in held.contenders if held.nbytes
+        },
+        figures={name: float(f"{figure:.4g}") for name, figure in (a_token | dict(held.figures)).items()},
     )
+
+
+def _ceiling(held: Contest) -> Callable[[], object]:
+    """The same bytes copied, half of them read and half written, or read alone; in float32."""
+    if held.ceiling == "read":
+        whole = torch.ones(held.nbytes // 4)
+        return whole.sum
+    half = torch.empty(held.nbytes // 8), torch.empty(held.nbytes // 8)
+    return lambda: half[0].copy_(half[1])
 
 
 def check(case: OperationCase, held: Contest) -> None:

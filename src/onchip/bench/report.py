@@ -55,10 +55,13 @@ def show(suite: str, rows: Sequence[Row], subject: str = "attention") -> None:
         table.add_column(UNITS[rows[0].of], justify="right")
     if rows[0].of:
         table.add_column(f"of {CEILINGS[rows[0].of]}", justify="right")
+    told = list(dict.fromkeys(name for row in rows for name in row.figures))
+    for name in told:
+        table.add_column(name, justify="right")
     for peer in peers:
         table.add_column(NAMES.get(peer, peer) if rows[0].extra else f"over {NAMES.get(peer, peer)}", justify="right")
     for row, *labels in zip(rows, *varying, strict=True):
-        figures = _extra(row, peers) if row.extra else _times(row, peers)
+        figures = _extra(row, peers) if row.extra else _times(row, peers, told)
         table.add_row(*labels, *figures)
     console.print(f"[bold]{subject}, {suite}[/bold]: {', '.join(common)}", highlight=False)
     setting = (
@@ -74,11 +77,12 @@ def _extra(row: Row, peers: Sequence[str]) -> list[str]:
     return [f"{row.extra[name]:+.1%}" if name in row.extra else "" for name in ("onchip", *peers)]
 
 
-def _times(row: Row, peers: Sequence[str]) -> list[str]:
+def _times(row: Row, peers: Sequence[str], told: Sequence[str]) -> list[str]:
     ratios = [_ratio(row.ratio[peer]) if peer in row.ratio else "" for peer in peers]
     rate = [f"{row.rate['onchip']:.4g}"] if row.of and row.machine.gpu else []
     fraction = [f"{row.fraction['onchip']:.0%}"] if row.of else []
-    return [duration(row.ms["onchip"].median), *rate, *fraction, *ratios]
+    figures = [f"{row.figures[name]:.4g}" if name in row.figures else "" for name in told]
+    return [duration(row.ms["onchip"].median), *rate, *fraction, *figures, *ratios]
 
 
 def duration(milliseconds: float) -> str:

@@ -32,6 +32,7 @@ class Row:
     extra: dict[str, float] = field(
         default_factory=dict
     )  # peak memory beyond inputs and outputs, as a fraction of them
+    figures: dict[str, float] = field(default_factory=dict)  # of onchip, by name and unit
 
     @property
     def key(self) -> tuple[Any, int, str]:

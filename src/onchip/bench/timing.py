@@ -85,6 +85,16 @@ def ratio(numerator: list[float], denominator: list[float]) -> Quartiles:
     return quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
+def time_once(candidate: Candidate) -> float:
+    """Seconds of one call on a CPU, not warm: for one that takes minutes.
+
+    >>> time_once(Candidate(lambda: 1 + 1)) > 0
+    True
+    """
+    with _no_garbage_collection():
+        return _sample(candidate, 1, torch.device("cpu"))
+
+
 def _sample(candidate: Candidate, calls: int, device: torch.device) -> float:
     with candidate.scope():
         if device.type == "cuda":

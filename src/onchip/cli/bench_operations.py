@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = {
+    "attention_features": "Measure what dropout, block masks and pages cost, against onchip.attention without them.",
+    "mamba": "Measure whole models: transformers' Mamba with onchip and without, and decoding steps of Mamba-2.",
     "causal_conv1d": "Measure onchip.causal_conv1d, width 4 with SiLU, against PyTorch's depthwise conv1d.",
     "selective_scan": "Measure onchip.selective_scan, D 512, N 16, against transformers' loop and mambapy.",
     "ssd": "Measure onchip.ssd against a batched ssd in plain PyTorch and transformers' own for Mamba-2.",
@@ -33,11 +36,11 @@ def add_to(bench: typer.Typer) -> None:
 
 
 def _command(bench: typer.Typer, name: str, help: str) -> None:
-    @bench.command(name=name, help=f"{help}\n\n{_HELP}")
+    suites = _SUITES.get(name, _PASSES)
+
+    @bench.command(name=name, help=f"{help}\n\n{_HELP}\n{suites}")
     def command(
-        suite: Annotated[
-            str | None, typer.Option(metavar="SUITE,…", help="forward, backward.", show_default="all")
-        ] = None,
+        suite: Annotated[str | None, typer.Option(metavar="SUITE,…", help="See above.", show_default="all")] = None,
         dtype: Annotated[str | None, typer.Option(metavar="DTYPE,…", help="float32, bfloat16.")] = None,
         lengths: Annotated[str | None, typer.Option(metavar="T,T,…", help="Instead of its own.")] = None,
         threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
@@ -56,13 +59,17 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
         if malloc == "both" or dict(os.environ) != machine.environment(malloc):
             raise typer.Exit(_in_fresh_processes(["default", "tuned"] if malloc == "both" else [malloc]))
 
+        if name == "mamba" and find_spec("transformers") is None:
+            raise Failure("onchip bench mamba needs transformers (pip install 'transformers>=5.15')")
+
         import torch
 
         torch.set_num_threads(threads or machine.cores())
         here = machine.describe("cpu", malloc)
         folder = _results() / here.slug if record else out
         benchmark = cast("Benchmark", import_module(f"onchip.bench.{name}"))
-        suites = choices("--suite", suite, benchmark.SUITES) if suite else benchmark.SUITES
+        known = (*benchmark.SUITES, *getattr(benchmark, "ON_REQUEST", ()))
+        suites = choices("--suite", suite, known) if suite else benchmark.SUITES
         plan = benchmark.cases(suites, dtypes=asked, lengths=wanted, quick=quick)
         _run(benchmark, name, plan, here, folder, seconds=0.3 if quick else seconds, min_rounds=3 if quick else 5)
 
@@ -70,12 +77,33 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
 _HELP = """\
 Before a case is timed its result, gradients included, must be as close to float64 as the tests ask. The contenders then
 take turns for many rounds. A ratio is the peer's time over onchip's: the median over the rounds, half the distance
-between the quartiles beside it. Each figure is also a fraction of the rate of a copy of what must cross to memory.
-
+between the quartiles beside it. Most figures are also a fraction of the rate of a copy of what must cross to memory.
+"""
+_PASSES = """\
 * **forward**: that pass alone
 
 * **backward**: both passes
 """
+_SUITES = {
+    "attention_features": """\
+* **dropout**: 0.1 of the probabilities, T 2048
+
+* **block_sparse**: tiles of 128 at T 8192, from 1/16 to 3/4 of them seen
+
+* **paged**: a decoding step over 8192 keys in pages of 16
+""",
+    "mamba": """\
+* **forward**: transformers' Mamba, 4 layers of 256 features, over T tokens, and the time of a token, which stays
+
+* **train**: both passes of it, without an optimiser; also over mambapy's scan where that is installed
+
+* **step**: a decoding step of a model of Mamba-2 130M's shape, against the rate at which its weights are read
+
+* **context**: a decoding step after T tokens, 4 layers of 256 features: its time and its state do not grow
+
+* **once**, where asked for: train at T 1024, transformers without onchip timed a single time, as it takes minutes
+""",
+}
 
 
 def _run(

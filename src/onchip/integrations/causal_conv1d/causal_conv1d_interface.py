@@ -7,7 +7,7 @@ from torch import Tensor
 
 import onchip
 from onchip.integrations._packing import packing
-from onchip.ops import _select
+from onchip.ops import _select, _step
 from onchip.ops._sequence import WithFinalState, check_tensor
 from onchip.ops.causal_conv1d import IMPLEMENTATIONS, checks, step
 
@@ -130,7 +130,7 @@ def causal_conv1d_update(
     x_t = x if x.ndim == 2 else x[..., 0]
     silu = _check_update(x_t, conv_state, weight, bias, activation, pool=False)
     in_reference = _select.choose("causal_conv1d_update", IMPLEMENTATIONS, None, x_t) == "reference"
-    if in_reference or step.differentiated(x_t, conv_state, weight, bias):
+    if in_reference or _step.differentiated(x_t, conv_state, weight, bias):
         out = _update(x_t[..., None], conv_state, weight, bias, activation, None, None)[..., 0]
     else:
         out = step.step(x_t, conv_state.transpose(1, 2), weight, bias, silu, None)

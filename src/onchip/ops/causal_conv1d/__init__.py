@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from onchip.ops import _select, _triton
+from onchip.ops import _select, _step, _triton
 from onchip.ops._sequence import WithFinalState
 from onchip.ops.attention.checks import check_flag
 from onchip.ops.causal_conv1d import checks, cpu, op, reference, step
@@ -152,9 +152,17 @@ def causal_conv1d_step(
     >>> torch.allclose(y_t, onchip.causal_conv1d(x, weight)[:, -1], atol=1e-6)
     True
     """
+    known = activation is None or activation == "silu" or activation == "swish"
+    in_place = out_state is None or out_state is state
+    if known and in_place and _step.direct(backend, x_t, state, weight, bias):
+        y_t, new = torch.empty_like(x_t), state.clone() if out_state is None else state
+        silu, threads = activation is not None, torch.get_num_threads()
+        if _step.kernels.try_causal_conv1d_step(x_t, new, weight, bias, silu, y_t, threads):
+            _step.changed(new)
+            return y_t, new
     silu = checks.check_step(x_t, state, weight, bias, activation, out_state)
     in_reference = _select.choose("causal_conv1d_step", IMPLEMENTATIONS, backend, x_t) == "reference"
-    if in_reference or step.differentiated(x_t, state, weight, bias):
+    if in_reference or _step.differentiated(x_t, state, weight, bias):
         y_t, new = reference.step(x_t, state, weight, bias, silu)
         return y_t, new if out_state is None else out_state.copy_(new)
     if out_state is None:

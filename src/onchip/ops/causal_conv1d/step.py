@@ -4,9 +4,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from onchip.ops._library import library
+from onchip.ops._step import changed, differentiated
 from onchip.ops.causal_conv1d.op import implementation
 
 library.define(  # type: ignore[no-untyped-call]
@@ -24,12 +24,6 @@ def step(*args: Any) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return cast(Tensor, _step(*args))
     return _without_gradient(*args)
-
-
-def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted, backward or forward, which the reference gives."""
-    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return backward or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _forward(
@@ -53,5 +47,5 @@ def _without_gradient(*args: Any) -> Tensor:
         raise RuntimeError("causal_conv1d_step: the op updates the state in place; the public function has a gradient")
     with torch._C._AutoDispatchBelowAutograd():
         result = _step(*args)
-    torch.autograd.graph.increment_version(args[1:2])
+    changed(args[1])
     return cast(Tensor, result)

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from onchip.ops import _select, _triton
+from onchip.ops import _select, _step, _triton
 from onchip.ops._sequence import STATE_DTYPES, WithFinalState, check_tensor, warn_of_growth
 from onchip.ops.attention.checks import check_flag
 from onchip.ops.selective_scan import checks, cpu, op, reference, step
@@ -14,6 +14,7 @@ from onchip.ops.selective_scan.arguments import Call
 Backend = Literal["cpu", "triton", "reference"]
 
 TRITON_MAX_STATES = 256
+WIDE = frozenset(STATE_DTYPES.values())
 
 
 def _triton_limits(x: Tensor, *more: Tensor) -> str | None:
@@ -195,10 +196,16 @@ def selective_scan_step(
     >>> y.shape, h.shape
     (torch.Size([2, 8]), torch.Size([2, 8, 4]))
     """
-    checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
     tensors = (x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias)
+    in_place = out_state is state or (out_state is None and isinstance(state, Tensor) and state.dtype in WIDE)
+    if in_place and _step.direct(backend, *tensors):
+        y_t, new = torch.empty_like(x_t), state.clone() if out_state is None else state
+        if _step.kernels.try_selective_scan_step(x_t, new, *tensors[2:], dt_softplus, y_t, torch.get_num_threads()):
+            _step.changed(new)
+            return y_t, new
+    checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
     in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t, dt_t, A) == "reference"
-    if in_reference or step.differentiated(*tensors):
+    if in_reference or _step.differentiated(*tensors):
         y_t, new = reference.selective_scan_step(*tensors, dt_softplus)
         return y_t, new if out_state is None else out_state.copy_(new)
     if out_state is None:

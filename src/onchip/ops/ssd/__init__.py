@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from onchip.ops import _select, _triton
+from onchip.ops import _select, _step, _triton
 from onchip.ops._library import needs_grad
 from onchip.ops._sequence import WithFinalState, warn_of_growth
 from onchip.ops.attention.checks import check_flag
@@ -221,6 +221,12 @@ def ssd_step(
     >>> torch.allclose(y, onchip.ssd(x, dt, A, B, C)[:, -1], atol=1e-5)
     True
     """
+    tensors = (x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias)
+    if _step.direct(backend, *tensors):
+        y, new = torch.empty_like(x_t), torch.empty_like(state) if out_state is None else out_state
+        if _step.kernels.try_ssd_step(*tensors, dt_softplus, dt_limit, y, new, torch.get_num_threads()):
+            _step.changed(new)
+            return y, new
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, out_state)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x_t.shape[-2], x_t)
     inputs = (x_t, state, dt_t, A, B_t, C_t, D, z)

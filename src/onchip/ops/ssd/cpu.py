@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onchip.ops import _native
-from onchip.ops._sequence import STATE_DTYPES, boundaries
+from onchip.ops._sequence import boundaries
 from onchip.ops.ssd.call import Call
 
 CHUNK = 64
@@ -23,14 +23,14 @@ def limits(*tensors: Tensor) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The op on the CPU."""
     out, state = call.results()
-    sizes, limit, starts, tensors, _kept = _describe(call, out, state)
+    sizes, limit, starts, tensors = _describe(call, out, state)
     _native.kernels.ssd_forward(sizes, limit, starts, tensors)
     return out, state
 
 
 def backward(grad_out: Tensor, grad_state: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """Its derivative on the CPU."""
-    sizes, limit, starts, tensors, _kept = _describe(call, None, None)
+    sizes, limit, starts, tensors = _describe(call, None, None)
     packed = call.cu_seqlens is not None
     grads = call.gradients()
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_initial = grads
@@ -76,9 +76,7 @@ def step(
     out_state: Tensor,
 ) -> Tensor:
     """The step on the CPU; the new state is written into `out_state`, which may be `state`."""
-    y = torch.empty(x_t.shape, dtype=x_t.dtype)
-    wide = STATE_DTYPES[x_t.dtype]
-    A, D, dt_bias = A.to(wide), None if D is None else D.to(wide), None if dt_bias is None else dt_bias.to(wide)
+    y = torch.empty_like(x_t, memory_format=torch.contiguous_format)
     tensors = (
         _at_a_time(x_t),
         _at_a_time(dt_t),
@@ -101,23 +99,19 @@ def step(
 
 def _describe(
     call: Call, out: Tensor | None, state: Tensor | None
-) -> tuple[
-    tuple[int, ...], tuple[float, float], list[int], tuple[_native.Described | None, ...], tuple[Tensor | None, ...]
-]:
-    """The call as the kernels take it, and the copies that must outlive it."""
+) -> tuple[tuple[int, ...], tuple[float, float], list[int], tuple[_native.Described | None, ...]]:
+    """The call as the kernels take it."""
     packed = call.cu_seqlens is not None
     starts = [] if call.cu_seqlens is None else boundaries(call.cu_seqlens, call.x.shape[0])
-    A = call.A.to(call.dtype)
-    D, dt_bias = (None if x is None else x.to(call.dtype) for x in (call.D, call.dt_bias))
     tensors = (
         _native.describe(call.x, packed=packed),
         _native.describe(call.dt, packed=packed),
-        _native.describe(A),
+        _native.describe(call.A),
         _native.describe(call.B, packed=packed),
         _native.describe(call.C, packed=packed),
-        None if D is None else _native.describe(D),
+        None if call.D is None else _native.describe(call.D),
         None if call.z is None else _native.describe(call.z, packed=packed),
-        None if dt_bias is None else _native.describe(dt_bias),
+        None if call.dt_bias is None else _native.describe(call.dt_bias),
         None if call.initial_state is None else _native.describe(call.initial_state),
         None if out is None else _native.describe(out, packed=packed),
         None if state is None else _native.describe(state),
@@ -126,7 +120,7 @@ def _describe(
     groups, time = call.B.shape[-2], call.x.shape[0 if packed else 1]
     chunk = min(call.chunk_size or CHUNK, MAX_CHUNK)
     sizes = (count, time, heads, groups, dim, state_dim, chunk, call.dt_softplus, torch.get_num_threads())
-    return sizes, (call.dt_low, call.dt_high), starts, tensors, (A, D, dt_bias)
+    return sizes, (call.dt_low, call.dt_high), starts, tensors
 
 
 def _at_a_time(x: Tensor) -> _native.Described:

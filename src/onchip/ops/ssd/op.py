@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onchip.ops._library import differentiated_once, in_torch_func_grad, library, needs_grad
 from onchip.ops._sequence import STATE_DTYPES
+from onchip.ops._step import changed
 from onchip.ops.ssd import cpu
 from onchip.ops.ssd.call import Call
 
@@ -45,17 +46,10 @@ def ssd(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def ssd_step(*args: Any, out_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Call the step's op, which has no gradient; arguments in the schema's order.
-
-    The kernel is called past the dispatcher where nothing is traced: a decoding step makes a call in every layer.
-    """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Call the step's op, which has no gradient; arguments in the schema's order."""
     if out_state is None:
-        return cast(tuple[Tensor, Tensor], (_ssd_step if traced else _step)(*args))
-    y = (_ssd_step_into if traced else _step_into)(*args, out_state)
-    if not traced:
-        torch.autograd.graph.increment_version(out_state)
-    return cast(Tensor, y), out_state
+        return cast(tuple[Tensor, Tensor], _ssd_step(*args))
+    return cast(Tensor, _ssd_step_into(*args, out_state)), out_state
 
 
 def _implementation(x: Tensor, backend: str | None) -> Any:
@@ -155,12 +149,17 @@ def _autograd(function: Any, op: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _without_gradient(op: Any) -> Callable[..., Any]:
+def _without_gradient(op: Any, *, writes: bool = False) -> Callable[..., Any]:
+    """The kernel of autograd for an op that has none; with `writes` its last argument is written into."""
+
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise RuntimeError("ssd_step: the kernels have no gradient; call with backend='reference' for one")
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            result = op(*args)
+        if writes:
+            changed(args[-1])
+        return result
 
     return kernel
 
@@ -168,4 +167,4 @@ def _without_gradient(op: Any) -> Callable[..., Any]:
 library.impl("ssd", _autograd(_Ssd, _ssd), "Autograd")  # type: ignore[no-untyped-call]
 library.impl("ssd_backward", _autograd(_SsdBackward, _ssd_backward), "Autograd")  # type: ignore[no-untyped-call]
 library.impl("ssd_step", _without_gradient(_ssd_step), "Autograd")  # type: ignore[no-untyped-call]
-library.impl("ssd_step_into", _without_gradient(_ssd_step_into), "Autograd")  # type: ignore[no-untyped-call]
+library.impl("ssd_step_into", _without_gradient(_ssd_step_into, writes=True), "Autograd")  # type: ignore[no-untyped-call]
