@@ -86,8 +86,8 @@ class AttentionState(State):
         return None if self.behind is None else known((self.end - self.seen()).clamp(min=0), self.keys)
 
     def positions(self, T: int) -> Tensor | None:
-        """The position of the first of each row's last T tokens, `(B,)`; None where it is that of its column."""
-        return None if self.behind is None and self.end == self.position else known(self.seen() - T, self.keys)
+        """The position of the first of each row's last T tokens, `(B,)`; None where all have the same."""
+        return None if self.behind is None else known(self.seen() - T, self.keys)
 
     def reorder(self, index: Tensor) -> Self:
         """Row i of the result is row `index[i]`; rows may be dropped and repeated. `index (N,)` int64."""
@@ -258,8 +258,9 @@ class Attention(Mixer[AttentionState]):
         state = state.extended(k, v, self.window[0])
         rotary: dict[str, Any] = {}
         if self.rotary is not None:
-            turns = self.rotary(state.position, like=q)
-            rotary = {"rotary": (turns[..., 0], turns[..., 1]), "rotary_seqlens": state.positions(T)}
+            dropped = state.position - state.end if state.behind is None else 0
+            turns = self.rotary(state.position, like=q)[dropped:]
+            rotary = {"rotary": (turns.select(-1, 0), turns.select(-1, 1)), "rotary_seqlens": state.positions(T)}
         held = known(torch.full((B,), state.end - T, device="cpu"), x)
         y = attention_with_cache(
             q, state.keys, state.values, k=k, v=v, cache_seqlens=held, cache_leftpad=state.pads(), **rotary,
