@@ -167,7 +167,7 @@ def measure_steps(contexts: Sequence[int], seconds: float) -> Steps:
         for context in contexts:
             keys = torch.randn(BATCH, context, 4, D_MODEL // 4)
             empty: Any = attention.initial_state(BATCH).layers
-            full = ModelState(tuple(layer.append(keys, keys, None) for layer in empty))
+            full = ModelState(tuple(layer.joined(keys, keys) for layer in empty))
             decoding = {"s4": Decoding(s4, s4.initial_state(BATCH)), "attention": Decoding(attention, full)}
             candidates = {name: Candidate(call) for name, call in decoding.items()}
             found.append(interleave(candidates, torch.device("cpu"), seconds=seconds, min_rounds=5))

@@ -33,8 +33,10 @@ def test_types_are_shipped():
     assert importlib.resources.files("onchip").joinpath("py.typed").is_file()
 
 
-def test_import_is_light():
-    loaded = loaded_by("import onchip")
+@pytest.mark.parametrize("module", ["onchip", "onchip.ops", "onchip.nn", "onchip.models", "onchip.testing"])
+def test_import_is_light(module):
+    loaded = loaded_by(f"import {module}")
+    assert "torch._dynamo" not in loaded  # of which half is a compiler
     assert not loaded & {"triton", "matplotlib", "typer", "rich", "transformers", "flash_attn", "mamba_ssm"}
 
 

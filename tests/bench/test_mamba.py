@@ -1,4 +1,4 @@
-"""The benchmark of whole Mambas: every suite is measured, with onchip and truly without, and README's table has it."""
+"""The benchmark of whole Mambas: every suite is measured, with onchip and truly without, and the table has it."""
 
 import sys
 
@@ -10,7 +10,7 @@ from onchip.bench import machine, mamba, operations, rows
 from onchip.cli.bench import bench
 from onchip.cli.bench_operations import OPERATIONS
 
-from .test_table import README, table  # noqa: F401
+from .test_table import PAGE, table  # noqa: F401
 
 pytest.importorskip("transformers", reason="runs models of transformers (pip install 'onchip[dev]')")
 
@@ -82,7 +82,7 @@ def test_command_and_table(tmp_path, monkeypatch, table):  # noqa: F811
     torch.set_num_threads(before)
     assert run.exit_code == 0, run.output
     assert "µs a token" in run.output and "state, KB" in run.output
-    text = table.updated(README, tmp_path)
+    text = table.updated(PAGE, tmp_path)
     for line in ("forward", "a training step, T 1024"):
         assert f"| Mamba of transformers, 4 layers of 256, {line} | without onchip |" in text
     assert text.count("| Mamba-2 130M's shape, a decoding step, ") == 2 and "% of read rate" in text

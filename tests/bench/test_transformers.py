@@ -1,4 +1,4 @@
-"""The benchmark of transformers' models: it times what is right, keeps rows, and README's table has them."""
+"""The benchmark of transformers' models: it times what is right, keeps rows, and the table has them."""
 
 import os
 
@@ -11,7 +11,7 @@ from onchip.bench import transformers as models
 from onchip.bench.cases import MODEL_SUITES, model_cases
 from onchip.cli.bench import bench
 
-from .test_table import README, table  # noqa: F401
+from .test_table import PAGE, table  # noqa: F401
 
 pytest.importorskip("transformers", reason="runs models of transformers (pip install 'onchip[dev]')")
 
@@ -65,7 +65,7 @@ def test_command_and_table(tmp_path, monkeypatch, table):  # noqa: F811
     assert {(row.case.suite, row.case.dtype) for row in found} == {
         ("prefill", "float32"), ("prefill", "bfloat16"), ("step", "float32"), ("step", "bfloat16"), ("glue", "float32")
     }  # fmt: skip
-    text = table.updated(README, tmp_path)
+    text = table.updated(PAGE, tmp_path)
     assert text.count("SmolLM2-135M's shape in transformers") == 4
     assert "| SmolLM2-135M's shape in transformers, a decoding step, bfloat16 | SDPA |" in text
     assert "beyond onchip.attention's call" in text

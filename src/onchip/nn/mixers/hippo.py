@@ -207,7 +207,10 @@ def _moves(
 _cached = lru_cache(maxsize=16)(_moves)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kept(*what: Any) -> Tensor:
     """`_moves`, made once; to torch.compile a constant."""
     return _cached(*what)
+
+
+# What torch.compiler.assume_constant_result does, which would load all of the compiler, and Triton with it.
+_kept._dynamo_marked_constant = True  # type: ignore[attr-defined]
