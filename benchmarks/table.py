@@ -48,7 +48,7 @@ MAMBA, ALONE = "Mamba of transformers, 4 layers of 256", "without onchip"
 LINES = [
     Line("float32 forward, full", "forward", FULL),
     Line("float32 forward, causal", "forward", CAUSAL),
-    Line("float32 forward + backward, full", "backward", FULL),
+    Line("float32 forward + backward, full", "backward", FULL, headline=False),
     Line("float32 forward + backward, causal", "backward", CAUSAL),
     Line("bfloat16 forward + backward, full", "bf16", FULL, headline=False),
     Line("bfloat16 forward + backward, causal", "bf16", CAUSAL),
@@ -56,7 +56,7 @@ LINES = [
     Line("window 256, T 4096, forward", "window", FORWARD, against=MASKED, headline=False),
     Line("window 256, T 4096, forward + backward", "window", BOTH, against=MASKED, headline=False),
     Line("decode, Tk 32768, 32/8 heads, float32", "decode", {"dtype": "float32"}),
-    Line("decode, Tk 32768, 32/8 heads, bfloat16", "decode", {"dtype": "bfloat16"}),
+    Line("decode, Tk 32768, 32/8 heads, bfloat16", "decode", {"dtype": "bfloat16"}, headline=False),
     Line("a tiny call, 1 thread", "overhead", {}, "sdpa", "SDPA"),
     *(
         Line(work, suite, BOTH if suite == "dropout" else {}, "without", against, "attention_features", headline=False)
@@ -71,7 +71,7 @@ LINES = [
         for dtype in ("float32", "bfloat16")
     ),
     *(
-        Line(work, suite, {"dtype": dtype}, peer, against or peer, operation)
+        Line(work, suite, {"dtype": dtype}, peer, against or peer, operation, headline=dtype == "float32")
         for work, operation, suite, dtype, peer, against in (
             ("causal_conv1d forward, W 4", "causal_conv1d", "forward", "float32", "conv1d", "torch conv1d"),
             ("selective_scan forward", "selective_scan", "forward", "float32", "transformers", ""),
@@ -164,7 +164,7 @@ def table(measured: Sequence[Row], headlines: bool = False) -> str:
     glue = [
         1e3 * (row.ms["onchip"].median - row.ms["attention"].median) for row in measured if row.case.suite == "glue"
     ]
-    if glue:
+    if glue and not headlines:
         lines.append(f"\nA layer of transformers takes {max(glue):.0f} µs beyond onchip.attention's call.")
     lines.append(
         f"\n{machine.name}, {machine.threads} threads, {machine.capability}, torch {machine.torch}. Ranges are over"
