@@ -9,6 +9,7 @@ from onchip.nn import hippo
 from onchip.nn.mixers import LSSL, S4, S4D, HiPPO, build_mixer
 from onchip.nn.mixers import hippo as hippo_mixer
 from onchip.testing import MIXER_CHECKS
+from onchip.training.optimizer import adamw
 
 VARIANTS = {
     "hippo": lambda: HiPPO(3, 4, chunk_size=8),
@@ -159,6 +160,22 @@ def test_autocast_leaves_the_filters_alone(make):
         y_t, _ = mixer.step(x[:, 0], state)
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(y_t, mixer.step(x[:, 0], state)[0], rtol=1e-4, atol=1e-5)
+
+
+@each_mixer
+def test_compiles_whole(make):
+    mixer, x = make(), normal(2, 20, 3, dtype=torch.float32)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), mixer(x))
+
+
+@each_mixer
+def test_weight_decay_leaves_rates_and_transitions_alone(make):
+    mixer = make()
+    _, spared = adamw(mixer, 0.1).param_groups
+    spared = {id(parameter) for parameter in spared["params"]}
+    decayed = {name for name, parameter in mixer.named_parameters() if id(parameter) not in spared}
+    assert decayed == {"C", "out.weight"}
 
 
 def test_a_long_sequence_crosses_the_matrices_kept_together(monkeypatch):

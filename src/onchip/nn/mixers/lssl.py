@@ -42,7 +42,6 @@ class LSSL(TimeInvariantFilters):
     True
     """
 
-    undecayed = ("A", "B")
     A: torch.Tensor
     B: torch.Tensor
 
@@ -62,6 +61,7 @@ class LSSL(TimeInvariantFilters):
             raise ValueError(f"discretization must be bilinear, backward or zoh, got {discretization!r}")
         super().__init__(d_model, d_state, is_complex=False, dt_min=dt_min, dt_max=dt_max)
         self.discretization = discretization
+        self.undecayed = ("A",) if learn_transition else ()
         for name, value in zip("AB", hippo.transition(measure, d_state), strict=True):
             if learn_transition:
                 self.register_parameter(name, as_parameter(value))
