@@ -99,12 +99,31 @@ void read_tile(T* tile, int64_t width, const Source& from, int64_t rows, int64_t
     }
 }
 
+template <class T, class S>
+void write_rows(const Source& to, const T* tile, int64_t width, int64_t rows, int64_t columns) {
+    S* row = reinterpret_cast<S*>(to.data);
+    if (to.column == 1 && columns == kWidth<T>) {
+        for (int64_t r = 0; r < rows; ++r, row += to.row, tile += width)
+            for (int64_t i = 0; i < kWidth<T>; ++i) narrow(row[i], tile[i]);
+    } else {
+        for (int64_t r = 0; r < rows; ++r) write_as(row + r * to.row, to.column, tile + r * width, T(1), columns);
+    }
+}
+
+template <class T>
+void write_rows(const Source& to, const T* tile, int64_t width, int64_t rows, int64_t columns) {
+    switch (to.dtype) {
+        case DType::float32: return write_rows<T, float>(to, tile, width, rows, columns);
+        case DType::float64: return write_rows<T, double>(to, tile, width, rows, columns);
+        case DType::bfloat16: return write_rows<T, BFloat16>(to, tile, width, rows, columns);
+        case DType::float16: return write_rows<T, Half>(to, tile, width, rows, columns);
+        case DType::boolean: return;
+    }
+}
+
 template <class T>
 void write_tile(const Source& to, const T* tile, int64_t width, int64_t rows, int64_t columns, T* line) {
-    if (by_rows(to)) {
-        for (int64_t r = 0; r < rows; ++r) write_row(at(to, r, 0), to.dtype, to.column, tile + r * width, T(1), columns);
-        return;
-    }
+    if (by_rows(to)) return write_rows(to, tile, width, rows, columns);
     for (int64_t c = 0; c < columns; ++c) {
         for (int64_t r = 0; r < rows; ++r) line[r] = tile[r * width + c];
         write_row(at(to, 0, c), to.dtype, to.row, line, T(1), rows);

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from onchip.bench import causal_conv1d, machine, operations, rows
+from onchip.bench import causal_conv1d, machine, operations, rows, selective_scan
 from onchip.bench.operations import Contender
 
 CASES = causal_conv1d.cases(causal_conv1d.SUITES, dtypes=[], lengths=[9], quick=True)
@@ -44,3 +44,10 @@ def test_the_command(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "causal_conv1d, forward" in run.stdout and "over conv1d" in run.stdout
     assert [row.case for row in rows.read(tmp_path / "causal_conv1d.jsonl")] == CASES[:1]
+
+
+@pytest.mark.parametrize("suite", selective_scan.SUITES)
+def test_the_selective_scan_and_its_peers_agree(suite):
+    pytest.importorskip("transformers")
+    (case,) = selective_scan.cases([suite], dtypes=[], lengths=[9], quick=True)
+    operations.check(case, selective_scan.contest(case))
