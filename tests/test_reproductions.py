@@ -14,63 +14,31 @@ from onchip.bench.timing import Quartiles
 REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
 
 
-@pytest.fixture(scope="module")
-def flashattention():
-    yield from loaded("flashattention")
-
-
-@pytest.fixture(scope="module")
-def flashattention2():
-    yield from loaded("flashattention2")
-
-
-@pytest.fixture(scope="module")
-def flashattention3():
-    yield from loaded("flashattention3")
-
-
-@pytest.fixture(scope="module")
-def block_sparse():
-    yield from loaded("block_sparse")
-
-
-@pytest.fixture(scope="module")
-def hippo():
-    yield from loaded("hippo")
-
-
-@pytest.fixture(scope="module")
-def lssl():
-    yield from loaded("lssl")
-
-
-@pytest.fixture(scope="module")
-def s4():
-    yield from loaded("s4")
-
-
-@pytest.fixture(scope="module")
-def mamba():
-    yield from loaded("mamba")
-
-
-@pytest.fixture(scope="module")
-def mamba2():
-    yield from loaded("mamba2")
-
-
-@pytest.fixture(scope="module")
-def synthetic():
-    yield from loaded("synthetic")
-
-
 def loaded(name):
-    spec = spec_from_file_location(name, REPRODUCTIONS / f"{name}.py")
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    """A fixture: the reproduction of that name, as a module."""
+
+    @pytest.fixture(scope="module", name=name)
+    def module():
+        spec = spec_from_file_location(name, REPRODUCTIONS / f"{name}.py")
+        found = module_from_spec(spec)
+        sys.modules[spec.name] = found
+        spec.loader.exec_module(found)
+        yield found
+        del sys.modules[spec.name]
+
+    return module
+
+
+flashattention = loaded("flashattention")
+flashattention2 = loaded("flashattention2")
+flashattention3 = loaded("flashattention3")
+block_sparse = loaded("block_sparse")
+hippo = loaded("hippo")
+lssl = loaded("lssl")
+s4 = loaded("s4")
+mamba = loaded("mamba")
+mamba2 = loaded("mamba2")
+synthetic = loaded("synthetic")
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def register() -> None:
     What a model asks of its attention and is not here raises ValueError when the layer is called: returned
     probabilities, relative position biases, paged caches.
 
-    Cost: about 5 µs a call beyond `onchip.attention`, 14 where keys of a static cache are cut off, and one look at the
-    padding a forward pass. `onchip bench transformers` measures the first.
+    Cost: 5 to 16 µs a call beyond `onchip.attention` (`onchip bench transformers --suite glue`, the best and the median
+    of a run), more where keys of a static cache are cut off, and one look at the padding a forward pass.
 
     >>> import pytest
     >>> transformers = pytest.importorskip("transformers")
