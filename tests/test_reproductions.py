@@ -38,6 +38,7 @@ lssl = loaded("lssl")
 s4 = loaded("s4")
 mamba = loaded("mamba")
 mamba2 = loaded("mamba2")
+digits = loaded("digits")
 synthetic = loaded("synthetic")
 
 
@@ -187,16 +188,14 @@ def test_state_space_reproductions_run(name, claims, exact, tmp_path):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_digits_say_which_extra_they_need(monkeypatch):
+def test_digits_say_which_extra_they_need(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    (digits,) = loaded("digits")
     with pytest.raises(SystemExit, match=r"pip install 'onchip\[reproductions\]'"):
         digits.load()
 
 
-def test_digits_are_split_once_and_for_all():
+def test_digits_are_split_once_and_for_all(digits):
     pytest.importorskip("sklearn")
-    (digits,) = loaded("digits")
     train, test = digits.load()
     assert train.x.shape == (1437, 64, 1) and test.x.shape == (360, 64, 1)
     assert train.x.min() == -1 and train.x.max() == 1 and set(test.y.tolist()) == set(range(10))
