@@ -8,10 +8,10 @@ import dataclasses
 import datetime
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import onchip
 from onchip.bench import memory
 from onchip.bench.cases import Case
+from onchip.bench.ceilings import GIGABYTE, Ceiling, copying, products, reading, significant
 from onchip.bench.machine import Machine
 from onchip.bench.rows import Row
 from onchip.bench.timing import Candidate, Quartiles, interleave, quartiles, ratio
@@ -153,22 +154,21 @@ def measure(
         served_by=served_by(case, device),
     )
     if case.suite == "memory":
-        extra = {name: _significant(memory.extra_in_subprocess(case, name, device)) for name in runners}
+        extra = {name: significant(memory.extra_in_subprocess(case, name, device)) for name in runners}
         return dataclasses.replace(row, extra=extra)
     ceiling = ceiling_of(case, device)
     candidates = {name: Candidate(c.call, c.scope) for name, c in runners.items()} | {ceiling.name: ceiling.candidate}
     with threads_set(threads):
         times = interleave(candidates, device, seconds=seconds, min_rounds=min_rounds)
     amount = case.operations if ceiling.name == "mm" else case.cache_bytes
-    work = amount / ceiling.work
     return dataclasses.replace(
         row,
         rounds=len(times["onchip"]),
         ms={name: rounded(quartiles([1e3 * t for t in values])) for name, values in times.items()},
         ratio={name: rounded(ratio(times[name], times["onchip"])) for name in list(runners)[1:]},
         of=ceiling.name,
-        fraction={name: _significant(work * ratio(times[ceiling.name], times[name]).median) for name in runners},
-        rate=_rates({**dict.fromkeys(runners, amount), ceiling.name: ceiling.work}, times, ceiling.unit),
+        fraction=ceiling.fraction(amount, times),
+        rate=ceiling.rates(amount, times),
     )
 
 
@@ -304,43 +304,11 @@ def _serves(name: str, case: Case, device: torch.device) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """What a case is held against; `work` is the operations of one call, or the bytes that it reads or copies."""
-
-    name: Literal["mm", "read", "copy"]
-    work: float
-    candidate: Candidate
-
-    @property
-    def unit(self) -> float:
-        """What rates are counted in: TFLOP/s or GB/s."""
-        return 1e12 if self.name == "mm" else 1e9
-
-
 def ceiling_of(case: Case, device: torch.device) -> Ceiling:
     """A product of matrices in the case's dtype; for decoding, memory: read on a CPU, copied on a GPU."""
-    if case.suite == "decode" and device.type == "cuda":
-        source, target = (torch.ones(2**28, device=device) for _ in range(2))  # 1 GB each, read and written
-        return Ceiling("copy", 2 * source.nbytes, Candidate(functools.partial(target.copy_, source)))
-    if case.suite == "decode":
-        cache = torch.ones(2**26, device=device)  # 256 MB, more than any cache holds
-        return Ceiling("read", cache.nbytes, Candidate(cache.sum))
-    size, largest = (256, 4096) if device.type == "cpu" else (8192, 8192)
-    while True:
-        operand = torch.randn(size, size, device=device).to(getattr(torch, case.dtype))
-        product = Candidate(functools.partial(torch.mm, operand, operand))
-        if size == largest:
-            break
-        once = interleave({"mm": product}, device, seconds=0.0, min_rounds=1)["mm"][0]
-        if once > 5e-3:  # long enough to be at full speed
-            break
-        size *= 2
-    return Ceiling("mm", 2.0 * size**3, product)
-
-
-def _rates(work: Mapping[str, float], times: Mapping[str, list[float]], unit: float) -> dict[str, float]:
-    return {name: _significant(amount / unit / quartiles(times[name]).median) for name, amount in work.items()}
+    if case.suite != "decode":
+        return products(case.dtype, device)
+    return copying(2 * GIGABYTE, device) if device.type == "cuda" else reading(GIGABYTE // 4, device)
 
 
 @contextmanager
@@ -356,8 +324,4 @@ def threads_set(count: int) -> Iterator[None]:
 
 def rounded(values: Quartiles) -> Quartiles:
     """As they are kept."""
-    return Quartiles(*map(_significant, values))
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")
+    return Quartiles(*map(significant, values))

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onchip
+from onchip.bench.cases import Device
 from onchip.bench.operation_case import OperationCase
-from onchip.bench.operations import Contender, Contest, both_passes
+from onchip.bench.operations import CPU, Contender, Contest, both_passes
 
 SUITES = ("dropout", "block_sparse", "paged")
 LENGTHS = {"dropout": 2048, "block_sparse": 8192, "paged": 8192}
@@ -22,8 +23,10 @@ SIXTEENTHS = (1, 2, 4, 8, 12)  # of the tiles that a query sees
 BLOCK, PAGE, PROBABILITY = 128, 16, 0.1
 
 
-def cases(suites: Sequence[str], *, dtypes: Sequence[str], lengths: Sequence[int], quick: bool) -> list[OperationCase]:
-    """Each suite in float32, unless asked otherwise; dropout and block masks in the forward pass and in both.
+def cases(
+    suites: Sequence[str], *, dtypes: Sequence[str], lengths: Sequence[int], quick: bool, device: Device = "cpu"
+) -> list[OperationCase]:
+    """Each suite in float32, on a GPU in bfloat16; dropout and block masks in the forward pass and in both.
 
     >>> [case.label for case in cases(["dropout"], dtypes=[], lengths=[512], quick=False)]
     ['float32 T 512 H 8 D 64 forward', 'float32 T 512 H 8 D 64 both passes']
@@ -31,7 +34,7 @@ def cases(suites: Sequence[str], *, dtypes: Sequence[str], lengths: Sequence[int
     return [
         OperationCase("attention_features", suite, dtype, sizes, grad)
         for suite in suites
-        for dtype in dtypes or ("float32",)
+        for dtype in dtypes or ("bfloat16" if device == "cuda" else "float32",)
         for length in lengths or ((QUICK if quick else LENGTHS)[suite],)
         for sizes in _sizes(suite, length)
         for grad in ((False,) if suite == "paged" else (False, True))
@@ -47,12 +50,12 @@ def _sizes(suite: str, length: int) -> list[tuple[tuple[str, int], ...]]:
     return [(("B", 4), ("Tk", length), ("H", 32), ("Hk", 8), ("D", 128))]
 
 
-def contest(case: OperationCase) -> Contest:
+def contest(case: OperationCase, device: torch.device = CPU) -> Contest:
     """onchip with the feature, what computes the same, and onchip without it."""
-    return {"dropout": _dropout, "block_sparse": _block_sparse, "paged": _paged}[case.suite](case)
+    return {"dropout": _dropout, "block_sparse": _block_sparse, "paged": _paged}[case.suite](case, device)
 
 
-def _dropout(case: OperationCase) -> Contest:
+def _dropout(case: OperationCase, device: torch.device) -> Contest:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, dropout_p: float = PROBABILITY
     ) -> Tensor:
@@ -60,6 +63,7 @@ def _dropout(case: OperationCase) -> Contest:
 
     return _contest(
         case,
+        device,
         attend,
         "reference",
         lambda q, k, v: attend(q, k, v, backend="reference"),
@@ -67,8 +71,9 @@ def _dropout(case: OperationCase) -> Contest:
     )
 
 
-def _block_sparse(case: OperationCase) -> Contest:
-    order = torch.rand(case["tiles"], case["tiles"], generator=torch.Generator().manual_seed(0)).argsort(-1)
+def _block_sparse(case: OperationCase, device: torch.device) -> Contest:
+    generator = torch.Generator(device).manual_seed(0)
+    order = torch.rand(case["tiles"], case["tiles"], generator=generator, device=device).argsort(-1)
     chosen = order < case["seen"]
     dense = chosen.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     mask = onchip.BlockMask.from_dense(dense, block=BLOCK)
@@ -77,22 +82,24 @@ def _block_sparse(case: OperationCase) -> Contest:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=dense).transpose(1, 2)
 
-    return _contest(
-        case, lambda q, k, v: onchip.attention(q, k, v, block_mask=mask), "sdpa, dense mask", sdpa, onchip.attention
-    )
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return onchip.attention(q, k, v, block_mask=mask)
+
+    return _contest(case, device, ours, "sdpa, dense mask", sdpa, onchip.attention)
 
 
 def _contest(
     case: OperationCase,
+    device: torch.device,
     attend: Callable[..., Tensor],
     peer: str,
     same: Callable[..., Tensor],
     without: Callable[..., Tensor],
 ) -> Contest:
     """`attend` and `same` give the same; the truth is what `same` gives in float64."""
-    generator = torch.Generator().manual_seed(1)
-    shape = 1, case["T"], case["H"], case["D"]
-    q, k, v, grad = (torch.randn(shape, generator=generator).to(getattr(torch, case.dtype)) for _ in range(4))
+    generator = torch.Generator(device).manual_seed(1)
+    shape, dtype = (1, case["T"], case["H"], case["D"]), getattr(torch, case.dtype)
+    q, k, v, grad = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(4))
 
     def leaves(dtype: torch.dtype | None = None) -> list[Tensor]:
         return [x.detach().to(dtype or x.dtype).requires_grad_(case.grad) for x in (q, k, v)]
@@ -111,15 +118,18 @@ def _contest(
     )
 
 
-def _paged(case: OperationCase) -> Contest:
+def _paged(case: OperationCase, device: torch.device) -> Contest:
     """One new query a row over a cache that is full, its pages in random order."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    q = torch.randn(case["B"], 1, case["H"], case["D"], generator=generator).to(dtype)
-    k, v = torch.randn(2, case["B"], case["Tk"], case["Hk"], case["D"], generator=generator).to(dtype).unbind(0)
-    lengths = torch.full((case["B"],), case["Tk"], dtype=torch.int32)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(getattr(torch, case.dtype))
+
+    q = normal(case["B"], 1, case["H"], case["D"])
+    k, v = (normal(case["B"], case["Tk"], case["Hk"], case["D"]) for _ in range(2))
+    lengths = torch.full((case["B"],), case["Tk"], dtype=torch.int32, device=device)
     pages = case["B"] * case["Tk"] // PAGE
-    order = torch.randperm(pages, generator=generator)
+    order = torch.randperm(pages, generator=generator, device=device)
     table = order.argsort().view(case["B"], -1).int()
     in_pages = [x.reshape(pages, PAGE, case["Hk"], case["D"])[order] for x in (k, v)]
 

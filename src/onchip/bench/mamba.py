@@ -10,7 +10,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onchip
+from onchip.bench.cases import Device
 from onchip.bench.operation_case import OperationCase
-from onchip.bench.operations import Contender, Contest
+from onchip.bench.operations import CPU, Contender, Contest, optional
 from onchip.models import LanguageModel
 from onchip.models.foreign import read_foreign
 
@@ -43,8 +43,10 @@ SMALL2: Mapping[str, Any] = {**MAMBA2_130M, **SMALL, "state_size": 128, "num_hea
 CHECKED = 32
 
 
-def cases(suites: Sequence[str], *, dtypes: Sequence[str], lengths: Sequence[int], quick: bool) -> list[OperationCase]:
-    """Each suite at its own lengths in float32, steps in bfloat16, too, unless asked otherwise.
+def cases(
+    suites: Sequence[str], *, dtypes: Sequence[str], lengths: Sequence[int], quick: bool, device: Device = "cpu"
+) -> list[OperationCase]:
+    """Each suite at its own lengths in float32, steps in bfloat16, too, on a GPU all in it, unless asked otherwise.
 
     >>> [case.label for case in cases(["train", "step"], dtypes=["float32"], lengths=[], quick=True)]
     ['float32 T 256 D 256 L 4 both passes', 'float32 T 64 D 768 L 24 forward']
@@ -60,20 +62,20 @@ def cases(suites: Sequence[str], *, dtypes: Sequence[str], lengths: Sequence[int
         )
         for suite in suites
         for shape in [MAMBA2_130M if suite == "step" else SMALL]
-        for dtype in dtypes or DTYPES.get(suite, ("float32",))
+        for dtype in dtypes or (("bfloat16",) if device == "cuda" else DTYPES.get(suite, ("float32",)))
         for length in lengths or (LENGTHS[suite][:1] if quick else LENGTHS[suite])
     ]
 
 
-def contest(case: OperationCase) -> Contest:
+def contest(case: OperationCase, device: torch.device = CPU) -> Contest:
     """With onchip and without, and over mambapy's scan where that is installed."""
-    return _steps(case) if case.suite in ("step", "context") else _passes(case)
+    return (_steps if case.suite in ("step", "context") else _passes)(case, device)
 
 
-def _passes(case: OperationCase) -> Contest:
+def _passes(case: OperationCase, device: torch.device) -> Contest:
     """A pass over T tokens, or both, of transformers' Mamba."""
-    model = _model("Mamba", SMALL, case.dtype)
-    tokens = _tokens(case["T"], SMALL)
+    model = _model("Mamba", SMALL, case.dtype, device)
+    tokens = _tokens(case["T"], SMALL).to(device)
     run = functools.partial(_train if case.grad else _logits, model, tokens)
     few = functools.partial(_train if case.grad else _logits, model, tokens[:, :CHECKED])
 
@@ -89,23 +91,24 @@ def _passes(case: OperationCase) -> Contest:
         "onchip": contender(nullcontext),
         "transformers": contender(functools.partial(without_onchip, "mamba")),
     }
-    if find_spec("mambapy") is not None:
-        contenders["mambapy"] = contender(functools.partial(_over_mambapy, model))
+    mambapy = optional("mambapy", lambda: contender(functools.partial(_over_mambapy, model)))
     return Contest(
-        contenders,
+        contenders | mambapy,
         truth=truth,
         names=("logits", "gradients") if case.grad else ("logits",),
-        served_by=_served_by(),
+        served_by=_served_by(device),
+        ceiling=None,
         once=("transformers",) if case.suite == "once" else (),
+        whole_model=True,
         tokens=case["T"],
     )
 
 
-def _steps(case: OperationCase) -> Contest:
+def _steps(case: OperationCase, device: torch.device) -> Contest:
     """A decoding step after T tokens: of onchip's own Mamba-2 with transformers' weights, and of theirs."""
     shape = MAMBA2_130M if case.suite == "step" else SMALL2
-    model = _model("Mamba2", shape, case.dtype)
-    tokens = _tokens(case["T"], shape)
+    model = _model("Mamba2", shape, case.dtype, device)
+    tokens = _tokens(case["T"], shape).to(device)
     ours = _ours(model)
     few = tokens[:, :CHECKED]
     state = ours.initial_state(1).nbytes
@@ -128,8 +131,9 @@ def _steps(case: OperationCase) -> Contest:
         truth=truth,
         names=("logits",),
         nbytes=sum(p.nbytes for p in model.parameters()) if case.suite == "step" else 0,
-        served_by=_served_by(),
-        ceiling="read",
+        served_by=_served_by(device),
+        ceiling="read" if case.suite == "step" else None,
+        whole_model=True,
         figures={"state, KB": state / 1e3},
     )
 
@@ -187,7 +191,7 @@ def _results(run: Callable[[], Tensor], model: Any) -> tuple[Tensor, ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def _made(family: str, shape: tuple[tuple[str, Any], ...], dtype: str) -> Any:
+def _made(family: str, shape: tuple[tuple[str, Any], ...], dtype: str, device: torch.device) -> Any:
     import transformers
 
     from onchip.integrations.transformers import register
@@ -195,24 +199,25 @@ def _made(family: str, shape: tuple[tuple[str, Any], ...], dtype: str) -> Any:
     register()
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**dict(shape))
-    return getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype))
+    return getattr(transformers, f"{family}ForCausalLM")(config).to(device, getattr(torch, dtype))
 
 
-def _model(family: str, shape: Mapping[str, Any], dtype: str) -> Any:
+def _model(family: str, shape: Mapping[str, Any], dtype: str, device: torch.device = CPU) -> Any:
     """transformers' model, the same on every run, with onchip under it."""
-    return _made(family, tuple(shape.items()), dtype)
+    return _made(family, tuple(shape.items()), dtype, device)
 
 
 def _ours(model: Any) -> LanguageModel:
     """onchip's model with the weights of transformers'."""
     family, config = read_foreign(model.config.to_dict())
-    ours = LanguageModel(config).to(model.dtype)
+    ours = LanguageModel(config).to(model.device, model.dtype)
     ours.load_state_dict(family.to_ours(family.canonical(model.state_dict(), config), config))
     return ours
 
 
-def _served_by() -> str:
-    return str(onchip.explain(onchip.causal_conv1d, torch.zeros(1, 1, 1), torch.zeros(1, 1)).chosen)
+def _served_by(device: torch.device) -> str:
+    x = torch.zeros(1, 1, 1, device=device)
+    return str(onchip.explain(onchip.causal_conv1d, x, x[0]).chosen)
 
 
 def _tokens(length: int, shape: Mapping[str, Any]) -> Tensor:

@@ -1,7 +1,8 @@
 """Fair timing: candidates take turns in one process, so that whatever disturbs one disturbs all.
 
 On a GPU a call's time is that of its kernels, between two events. Before each call 1 GB is written, which empties the
-L2 cache, and the GPU is kept waiting while the host prepares the launches, whose price is so left out.
+L2 cache, and the GPU is kept waiting while the host prepares the launches, whose price is so left out. It is kept in
+where a candidate is a whole model, whose launches nobody hides.
 """
 
 import functools
@@ -29,10 +30,11 @@ class Quartiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time: `call` is timed, inside `scope`, which is not."""
+    """Something to time: `call` is timed, inside `scope`, which is not; on a GPU with its launches where asked for."""
 
     call: Callable[[], object]
     scope: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+    with_launches: bool = False
 
 
 def interleave(
@@ -85,32 +87,35 @@ def ratio(numerator: list[float], denominator: list[float]) -> Quartiles:
     return quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
-def time_once(candidate: Candidate) -> float:
-    """Seconds of one call on a CPU, not warm: for one that takes minutes.
+def time_once(candidate: Candidate, device: torch.device) -> float:
+    """Seconds of one call, not warm: for one that takes minutes.
 
-    >>> time_once(Candidate(lambda: 1 + 1)) > 0
+    >>> time_once(Candidate(lambda: 1 + 1), torch.device("cpu")) > 0
     True
     """
     with _no_garbage_collection():
-        return _sample(candidate, 1, torch.device("cpu"))
+        return _sample(candidate, 1, device)
 
 
 def _sample(candidate: Candidate, calls: int, device: torch.device) -> float:
     with candidate.scope():
         if device.type == "cuda":
-            return _sample_cuda(candidate.call, device)
+            return _sample_cuda(candidate, device)
         start = time.perf_counter()
         for _ in range(calls):
             candidate.call()
         return (time.perf_counter() - start) / calls
 
 
-def _sample_cuda(call: Callable[[], object], device: torch.device) -> float:
+def _sample_cuda(candidate: Candidate, device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     _flush(device).zero_()
-    torch.cuda._sleep(HOST_CYCLES)  # type: ignore[no-untyped-call]
+    if candidate.with_launches:
+        torch.cuda.synchronize(device)
+    else:
+        torch.cuda._sleep(HOST_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
-    call()
+    candidate.call()
     end.record()
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from onchip.bench import machine
-from onchip.bench.cases import DTYPES, GPU_SUITES, MODEL_SUITES, SUITES, Case, Device, cases, model_cases
+from onchip.bench.cases import DTYPES, GPU_SUITES, MODEL_SUITES, SUITES, Device, cases, model_cases
 from onchip.cli.errors import Failure
 from onchip.cli.values import choices, integers
 
 if TYPE_CHECKING:
+    from onchip.bench.report import AnyCase
     from onchip.bench.rows import Row
 
 bench = typer.Typer(
@@ -179,7 +180,12 @@ def _folder(record: bool, out: Path | None, here: machine.Machine) -> Path | Non
 
 
 def _measure_all(
-    plan: Sequence[Case], measured: Callable[[Case], "Row"], subject: str, folder: Path | None, *, gpu: bool = False
+    plan: "Sequence[AnyCase]",
+    measured: "Callable[[AnyCase], Row]",
+    subject: str,
+    folder: Path | None,
+    *,
+    gpu: bool = False,
 ) -> list[str]:
     """Measure and show the cases, keeping their rows; what was not timed because it was wrong."""
     from onchip.bench import report, rows

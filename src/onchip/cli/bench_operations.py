@@ -1,7 +1,6 @@
 """`onchip bench causal_conv1d` and its like: a command for each of the benchmarks that share a frame."""
 
 import functools
-import itertools
 import os
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from onchip.bench import machine
-from onchip.cli.bench import _in_fresh_processes, _results
+from onchip.bench.cases import Device
+from onchip.cli.bench import _folder, _in_fresh_processes, _measure_all, _one_place, _tell_of
 from onchip.cli.errors import Failure
 from onchip.cli.values import choices, integers
 
 if TYPE_CHECKING:
-    from onchip.bench.operation_case import OperationCase
     from onchip.bench.operations import Benchmark
 
 DTYPES = ("float32", "bfloat16")
@@ -44,6 +43,7 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
         dtype: Annotated[str | None, typer.Option(metavar="DTYPE,…", help="float32, bfloat16.")] = None,
         lengths: Annotated[str | None, typer.Option(metavar="T,T,…", help="Instead of its own.")] = None,
         threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one a core.")] = None,
+        device: Annotated[Device, typer.Option(help="Where.")] = "cpu",
         malloc: Annotated[
             Literal["default", "tuned", "both"], typer.Option(help="glibc's own settings, or set to keep freed memory.")
         ] = "default",
@@ -52,8 +52,7 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
         out: Annotated[Path | None, typer.Option(help=f"Folder for {name}.jsonl.")] = None,
         record: Annotated[bool, typer.Option("--record", help="The same into benchmarks/results/, by device.")] = False,
     ) -> None:
-        if record and out is not None:
-            raise Failure("--record and --out name two places; give one", exit_code=2)
+        _one_place(record, out)
         asked = choices("--dtype", dtype, DTYPES) if dtype else []
         wanted = integers("--lengths", lengths) if lengths else []
         if malloc == "both" or dict(os.environ) != machine.environment(malloc):
@@ -64,14 +63,26 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
 
         import torch
 
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Failure("--device cuda: PyTorch finds no GPU here", exit_code=2)
         torch.set_num_threads(threads or machine.cores())
-        here = machine.describe("cpu", malloc)
-        folder = _results() / here.slug if record else out
+        here = machine.describe(device, malloc)
         benchmark = cast("Benchmark", import_module(f"onchip.bench.{name}"))
         known = (*benchmark.SUITES, *getattr(benchmark, "ON_REQUEST", ()))
         suites = choices("--suite", suite, known) if suite else benchmark.SUITES
-        plan = benchmark.cases(suites, dtypes=asked, lengths=wanted, quick=quick)
-        _run(benchmark, name, plan, here, folder, seconds=0.3 if quick else seconds, min_rounds=3 if quick else 5)
+        plan = benchmark.cases(suites, dtypes=asked, lengths=wanted, quick=quick, device=device)
+
+        from onchip.bench import operations
+
+        measured = functools.partial(
+            operations.measure,
+            benchmark.contest,
+            machine=here,
+            device=torch.device(device),
+            seconds=0.3 if quick else seconds,
+            min_rounds=3 if quick else 5,
+        )
+        _tell_of(_measure_all(plan, measured, name, _folder(record, out, here), gpu=here.gpu))
 
 
 _HELP = """\
@@ -83,6 +94,8 @@ _PASSES = """\
 * **forward**: that pass alone
 
 * **backward**: both passes
+
+* **step**: a token of one sequence, on a GPU of 128, whatever the lengths
 """
 _SUITES = {
     "attention_features": """\
@@ -104,35 +117,3 @@ _SUITES = {
 * **once**, where asked for: train at T 1024, transformers without onchip timed a single time, as it takes minutes
 """,
 }
-
-
-def _run(
-    benchmark: "Benchmark",
-    name: str,
-    plan: "list[OperationCase]",
-    here: machine.Machine,
-    folder: Path | None,
-    *,
-    seconds: float,
-    min_rounds: int,
-) -> None:
-    """Measure and show the cases, keeping their rows."""
-    from onchip.bench import operations, report, rows
-
-    measured = functools.partial(
-        operations.measure, benchmark.contest, machine=here, seconds=seconds, min_rounds=min_rounds
-    )
-    wrong = []
-    for suite, group in itertools.groupby(report.progress(plan), key=lambda case: case.suite):
-        found = []
-        for case in group:
-            try:
-                found.append(measured(case))
-            except ArithmeticError as error:
-                wrong.append(str(error))
-                continue
-            if folder is not None:
-                rows.merge(folder / f"{name}.jsonl", found[-1:])
-        report.show(suite, found, name)
-    if wrong:
-        raise Failure(f"not timed, being wrong: {'; '.join(wrong)}")
