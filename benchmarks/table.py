@@ -96,11 +96,14 @@ class Published:
     where: Mapping[str, object]
     figures: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
 
+    def is_of(self, row: Row) -> bool:
+        """Whether the row, one of attention, measures this."""
+        where = {"dtype": "bfloat16", "window": None, **self.where}
+        return all(getattr(row.case, name) == value for name, value in where.items())
+
     def line(self, measured: Sequence[Row]) -> str:
         """In Markdown, with what was measured here, or that nothing was."""
-        where = {"dtype": "bfloat16", "window": None, **self.where}
-        rows = (row for row in measured if all(getattr(row.case, name) == value for name, value in where.items()))
-        row = next(rows, None)
+        row = next((row for row in measured if operation_of(row) is None and self.is_of(row)), None)
         cells = [self.work, *("–" if figure is None else f"{figure}" for figure in self.figures)]
         if row is None:
             cells += ["not run"] + [""] * len(PEERS) + [""] if measured else ["not run"]
@@ -131,6 +134,9 @@ def gpu_table(measured: Sequence[Row]) -> str:
     if measured:
         headings += [*PEERS.values(), "of the ceiling"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(line.line(measured) for line in PUBLISHED)]
+    others = [row for row in measured if operation_of(row) is not None]
+    if others:
+        lines += ["", *operation_lines(others)]
     about = "No GPU was at hand: nothing was measured on one."
     if newest is not None:
         machine = newest.machine
@@ -138,7 +144,25 @@ def gpu_table(measured: Sequence[Row]) -> str:
             f"Measured in bfloat16 on an {machine.name}, {newest.date}: torch {machine.torch}, Triton {machine.triton},"
             f" CUDA {machine.cuda}, driver {machine.driver}, commit {machine.commit}."
         )
-    return "\n".join([*lines, f"\n{about} TFLOP/s, decode in GB/s; the H100's figures are as published, in float16."])
+    return "\n".join(
+        [
+            *lines,
+            f"\n{about} TFLOP/s, what is held against memory in GB/s; the H100's figures are as published, in float16.",
+        ]
+    )
+
+
+def operation_lines(measured: Sequence[Row]) -> list[str]:
+    """Of one GPU's rows of the other operations, in Markdown: rate, ceiling and the speed over each peer."""
+    peers = list(dict.fromkeys(name for row in measured for name in row.ratio))
+    headings = ["GPU", "onchip", "of the ceiling", *(f"over {peer}" for peer in peers)]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for row in measured:
+        work = ", ".join((f"{row.case.operation} {row.case.suite}", *row.case.labels[:-1]))
+        share = f"{row.fraction['onchip']:.0%} of {CEILINGS[row.of]}" if row.of else "–"
+        ratios = (_range([row.ratio[peer].median] if peer in row.ratio else []) for peer in peers)
+        lines.append(f"| {work} | {_rate(row, 'onchip')} | {share} | {' | '.join(ratios)} |")
+    return lines
 
 
 def table(measured: Sequence[Row], headlines: bool = False) -> str:

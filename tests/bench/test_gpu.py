@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from onchip.bench import attention, plot_rates, report, rows, timing
+from onchip.bench import attention, causal_conv1d, operations, plot_rates, report, rows, selective_scan, ssd, timing
 from onchip.bench.cases import GPU_SUITES, Case, cases
 from onchip.bench.machine import describe
 from onchip.bench.rows import Row
@@ -53,7 +53,8 @@ def test_a_gpu_is_filed_by_its_name(machine):
     assert not describe("cpu", "default").gpu
 
 
-def test_the_cache_is_flushed_before_the_clock_starts(monkeypatch):
+@pytest.mark.parametrize("with_launches", [False, True])
+def test_the_cache_is_flushed_before_the_clock_starts(with_launches, monkeypatch):
     order = []
 
     class Event:
@@ -75,10 +76,12 @@ def test_the_cache_is_flushed_before_the_clock_starts(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("idle"))
     monkeypatch.setattr(timing, "_flush", lambda device: Flush())
-    call = Candidate(lambda: order.append("call"))
+    call = Candidate(lambda: order.append("call"), with_launches=with_launches)
     times = interleave({"a": call}, torch.device("cuda"), seconds=0.0, min_rounds=2)
-    assert order == ["flush", "sleep", "event", "call", "event", "wait"] * 4  # one to warm up, one to plan, two rounds
+    before = "idle" if with_launches else "sleep"
+    assert order == ["flush", before, "event", "call", "event", "wait"] * 4  # one to warm up, one to plan, two rounds
     assert times == {"a": [0.25, 0.25]}
 
 
@@ -99,6 +102,16 @@ def test_small_cases_are_measured(suite):
     assert found.served_by == "triton" and found.rate["onchip"] > 0
     assert {"sdpa_flash", "sdpa_math"} <= found.ratio.keys()
     assert here.driver and here.cuda and here.triton
+
+
+@on_gpu
+@pytest.mark.parametrize("module", [causal_conv1d, selective_scan, ssd], ids=lambda module: module.__name__)
+def test_small_cases_of_operations_are_measured(module):
+    gpu, here = torch.device("cuda"), describe("cuda", "default")
+    for case in module.cases(module.SUITES, dtypes=[], lengths=[256], quick=True, device="cuda"):
+        small = dataclasses.replace(case, sizes=tuple((name, min(size, 256)) for name, size in case.sizes))
+        found = operations.measure(module.contest, small, here, device=gpu, seconds=0.1, min_rounds=3)
+        assert found.served_by == "triton" and found.rate["onchip"] > 0 and found.fraction["onchip"] > 0
 
 
 @on_gpu

@@ -73,7 +73,7 @@ def test_every_contender_computes_the_same(module, case, packages):
     for name in names:
         found = module.contest(case).contenders[name].found()  # anew: a step moves its state on
         for of, want, got in zip(held.names, held.truth(), found, strict=True):
-            assert (got.double() - want).abs().max() <= 0.02 * want.abs().max(), f"{of} of {name}"
+            assert (got.double() - want).abs().max() <= 0.1 * want.abs().max(), f"{of} of {name}"
 
 
 @pytest.mark.parametrize("module, case", cases_of("cuda"))

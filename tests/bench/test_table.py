@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onchip.bench import rows
+from onchip.bench import rows, ssd
 from onchip.bench.cases import cases
 from onchip.bench.machine import describe
 from onchip.bench.rows import Row
@@ -57,6 +57,19 @@ def test_every_published_case_is_one_that_is_measured(table, measured):
         assert cells[8] == ("50% of copy rate" if row.case.suite == "decode" else "50% of torch.mm")
     for words in ("GPU 1", "2026-01-02", "2.11.0", "3.6.0", "13.0", "580.1", "abc123"):
         assert words in lines[-1]
+
+
+def test_other_operations_have_a_table_of_their_own(table, measured):
+    (step,) = ssd.cases(["step"], dtypes=[], lengths=[], quick=False, device="cuda")
+    row = dataclasses.replace(
+        measured[-1], case=step, rate={"onchip": 3210.4}, ratio={"mamba_ssm": Quartiles(1, 1.26, 2)}
+    )
+    assert table.operation_lines([row])[2:] == [
+        "| ssd step, bfloat16, B 128, H 32, P 64, N 128 | 3210 | 50% of copy rate | 1.26× |"
+    ]
+    lines = table.gpu_table([*measured, row]).splitlines()
+    assert "not run" not in "".join(lines) and lines.count("") == 2
+    assert lines.index(table.operation_lines([row])[2]) == 2 + len(table.PUBLISHED) + 3
 
 
 def test_without_rows_it_claims_nothing(table):
