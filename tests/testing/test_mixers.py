@@ -18,6 +18,8 @@ class DecayState(State):
 class Decay(Mixer[DecayState]):
     """h[t] = a · h[t-1] + value(x[t]), one decay a per channel: the smallest state space model."""
 
+    state_type = DecayState
+
     def __init__(self, d_model: int = 6) -> None:
         super().__init__()
         self.d_model, self.causal = d_model, True
@@ -70,13 +72,20 @@ class ForgetsItsState(Decay):
 
 
 class StepsAstray(Decay):
-    def step(self, x_t, state):
-        y, state = super().step(x_t, state)
+    def _step(self, x_t, state):
+        y, state = super()._step(x_t, state)
         return y * (1 + 1e-8), state
 
 
+class TakesAnyState(Decay):
+    state_type = State
+
+    def _chunk(self, x, state):
+        return super()._chunk(x, state if isinstance(state, DecayState) else self.initial_state(x.shape[0]))
+
+
 class WritesIntoItsState(Decay):
-    def step(self, x_t, state):
+    def _step(self, x_t, state):
         state.h.data.mul_(self.decay()).add_(self.value(x_t))
         return self.out(state.h), state
 
@@ -143,6 +152,7 @@ FAULTS = {
     ForgetsItsState: "check_chunks",
     StepsAstray: "check_steps",
     WritesIntoItsState: "check_states",
+    TakesAnyState: "check_states",
     IgnoresBoundaries: "check_packed",
     MixesTheBatch: "check_packed",
     DropsAGradient: "check_gradients",

@@ -149,7 +149,10 @@ def check_matrix(factory: MixerFactory) -> None:
 
 
 def check_states(factory: MixerFactory) -> None:
-    """A state is a value: it serves several continuations, is reordered and detached, and says what it weighs."""
+    """A state is a value: it serves several continuations, is reordered and detached, and says what it weighs.
+
+    Another mixer's is refused, with the argument's name: `state_type` says what is one's own.
+    """
     mixer = _make(factory)
     if not mixer.causal:
         return
@@ -179,6 +182,13 @@ def check_states(factory: MixerFactory) -> None:
     tail, _ = mixer(x[:, 20:], state)
     (gradient,) = torch.autograd.grad(tail.sum(), x)
     assert gradient[:, :20].any(), "no gradient flows through a state"
+    for form, call in (("chunk", lambda: mixer(x, _Another())), ("step", lambda: mixer.step(x[:, 0], _Another()))):
+        try:
+            call()
+        except TypeError as error:
+            assert "state must be" in str(error), f"a {form} with another mixer's state raises: {error}"
+        else:
+            raise AssertionError(f"a {form} takes another mixer's state")
 
 
 def check_ragged(factory: MixerFactory) -> None:
@@ -236,6 +246,10 @@ def check_checkpoint(factory: MixerFactory) -> None:
     except RuntimeError as error:
         raise AssertionError(f"a mixer filled from a state dict does not run: {error}") from None
     _assert_close(y, mixer(x), "a mixer filled from a state dict")
+
+
+class _Another(State):
+    """Of no mixer that is checked."""
 
 
 MIXER_CHECKS: tuple[Callable[[MixerFactory], None], ...] = (

@@ -180,6 +180,8 @@ class Attention(Mixer[AttentionState]):
     True
     """
 
+    state_type = AttentionState
+
     def __init__(
         self,
         d_model: int,

@@ -78,14 +78,16 @@ class Mixer(nn.Module, ABC, Generic[S]):
     ```
 
     All forms give the same result. A family implements `_parallel`, `_chunk`, `initial_state`, `matrix` and
-    `apply_matrix`, and `step` where it has something better than a chunk of one token. A mixer without one of the forms
-    raises `MissingForm`; a causal one has all but perhaps the matrix. Everything that a checkpoint must hold is a
-    parameter or a persistent buffer.
+    `apply_matrix`, and `_step` where it has something better than a chunk of one token; `state_type` is its state's. A
+    mixer without one of the forms raises `MissingForm`; a causal one has all but perhaps the matrix. Everything that a
+    checkpoint must hold is a parameter or a persistent buffer.
     """
 
     d_model: int
     causal: bool
     """Whether output t depends on inputs up to t alone. Only then are there states."""
+    state_type: type[State] = State
+    """Of `initial_state`, and the only one that `forward` and `step` take."""
     out: nn.Linear
     """The last projection, back into the residual stream; a model starts with its weight at zero."""
     undecayed: tuple[str, ...] = ()
@@ -105,6 +107,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
         Raises:
             ValueError: `x` is not `(B, T, d_model)`, or `(total, d_model)` with `cu_seqlens`; or both `state` and
                 `cu_seqlens` are given.
+            TypeError: `state` is another mixer's.
             MissingForm: `state` is given and the mixer is not causal.
         """
         expected = "(B, T, d_model)" if cu_seqlens is None else "(total, d_model)"
@@ -116,14 +119,23 @@ class Mixer(nn.Module, ABC, Generic[S]):
             raise ValueError("state and cu_seqlens exclude each other: a state has one sequence per row")
         if not self.causal:
             raise self._missing("chunked form")
+        self._check_own(state)
         return self._chunk(x, state)
 
     def step(self, x_t: Tensor, state: S) -> tuple[Tensor, S]:
-        """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it."""
+        """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it.
+
+        Raises:
+            ValueError: `x_t` is not `(B, d_model)`.
+            TypeError: `state` is another mixer's.
+            MissingForm: the mixer is not causal.
+        """
+        if x_t.ndim != 2 or x_t.shape[1] != self.d_model:
+            raise ValueError(f"x_t must be (B, d_model) with d_model = {self.d_model}, got {tuple(x_t.shape)}")
         if not self.causal:
             raise self._missing("step form")
-        y, state = self(x_t[:, None], state)
-        return y[:, 0], state
+        self._check_own(state)
+        return self._step(x_t, state)
 
     @abstractmethod
     def _parallel(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -132,6 +144,11 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def _chunk(self, x: Tensor, state: S) -> tuple[Tensor, S]:
         """The chunked form of a causal mixer; T may be 0."""
         raise self._missing("chunked form")
+
+    def _step(self, x_t: Tensor, state: S) -> tuple[Tensor, S]:
+        """The step form of a causal mixer."""
+        y, state = self._chunk(x_t[:, None], state)
+        return y[:, 0], state
 
     def initial_state(self, batch: int) -> S:
         """The state of `batch` sequences before their first token."""
@@ -147,6 +164,13 @@ class Mixer(nn.Module, ABC, Generic[S]):
         `apply_matrix(x, matrix(x))` is `mixer(x)`, and row t of the matrix acts on output t alone.
         """
         raise self._missing("matrix form")
+
+    def _check_own(self, state: S) -> None:
+        if not isinstance(state, self.state_type):
+            name = type(self).__name__
+            raise TypeError(
+                f"state must be {self.state_type.__name__}, from {name}.initial_state, got {type(state).__name__}"
+            )
 
     def _missing(self, form: str) -> MissingForm:
         return MissingForm(f"{type(self).__name__}({'' if self.causal else 'causal=False'}) has no {form}")

@@ -47,10 +47,6 @@ class Filters(Mixer[S]):
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         return cast(Tensor, self.out(F.gelu(y).to(x.dtype)))
 
-    def _check_token(self, x_t: Tensor) -> None:
-        if x_t.ndim != 2 or x_t.shape[1] != self.d_model:
-            raise ValueError(f"x_t must be (B, d_model) with d_model = {self.d_model}, got {tuple(x_t.shape)}")
-
     @property
     def _dtype(self) -> torch.dtype:
         return STATE_DTYPES[self.D.dtype]
@@ -76,6 +72,8 @@ class TimeInvariantFilters(Filters[FilterState]):
     decoding that goes on across such a write would not see it.)
     """
 
+    state_type = FilterState
+
     def __init__(self, d_model: int, state_size: int, is_complex: bool, dt_min: float, dt_max: float) -> None:
         super().__init__(d_model)
         if not 0 < dt_min <= dt_max:
@@ -94,9 +92,7 @@ class TimeInvariantFilters(Filters[FilterState]):
         shape = (batch, self.d_model, self._state_size)
         return FilterState(torch.zeros(shape, dtype=self._state_dtype, device=self.D.device))
 
-    def step(self, x_t: Tensor, state: FilterState) -> tuple[Tensor, FilterState]:
-        """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it. Memory is constant."""
-        self._check_token(x_t)
+    def _step(self, x_t: Tensor, state: FilterState) -> tuple[Tensor, FilterState]:
         self._check_state(x_t, state)
         with self._exactly():
             u = x_t.to(self._dtype)

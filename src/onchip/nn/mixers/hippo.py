@@ -65,6 +65,8 @@ class HiPPO(Filters[HiPPOState]):
     True
     """
 
+    state_type = HiPPOState
+
     def __init__(
         self,
         d_model: int,
@@ -94,9 +96,7 @@ class HiPPO(Filters[HiPPOState]):
         c = torch.zeros(batch, self.d_model, self.d_state, dtype=self._dtype, device=self.D.device)
         return HiPPOState(c, torch.zeros(batch, dtype=torch.int64, device=c.device))
 
-    def step(self, x_t: Tensor, state: HiPPOState) -> tuple[Tensor, HiPPOState]:
-        """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it. Memory is constant."""
-        self._check_token(x_t)
+    def _step(self, x_t: Tensor, state: HiPPOState) -> tuple[Tensor, HiPPOState]:
         self._check_state(x_t, state)
         with self._exactly():
             u, seen = x_t.to(self._dtype), state.seen + 1

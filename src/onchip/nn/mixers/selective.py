@@ -58,6 +58,7 @@ class Selective(Mixer[MambaState]):
     """
 
     causal = True
+    state_type = MambaState
     undecayed = ("A_log",)
     conv: CausalConv1d
     A_log: nn.Parameter
@@ -91,10 +92,7 @@ class Selective(Mixer[MambaState]):
         conv = self.conv.weight.new_zeros(batch, width - 1, channels)
         return MambaState(conv, conv.new_zeros(batch, *self.state_shape, dtype=STATE_DTYPES[conv.dtype]))
 
-    def step(self, x_t: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """One token further: `x_t (B, d_model)` to `y_t (B, d_model)` and the state after it."""
-        if x_t.ndim != 2 or x_t.shape[1] != self.d_model:
-            raise ValueError(f"x_t must be (B, d_model) with d_model = {self.d_model}, got {tuple(x_t.shape)}")
+    def _step(self, x_t: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         overwrite = state.may_be_overwritten
         inputs, past = self._project(x_t)
         inputs, conv = self.conv.step(inputs, state.conv, overwrite=overwrite)
