@@ -279,6 +279,18 @@ def test_chunk_scan_says_what_does_not_fit(arguments, message):
         mamba_chunk_scan_combined(**chunk_inputs(), chunk_size=8, **arguments)
 
 
+@pytest.mark.parametrize("batch, length", [(2, 0), (0, 0), (0, 3)])
+def test_chunk_scan_of_no_tokens_returns_the_states_it_got(batch, length):
+    x, dt, B = torch.randn(batch, length, 4, 8), torch.rand(batch, length, 4), torch.randn(batch, length, 1, 5)
+    numbers = torch.zeros(batch, length, dtype=torch.int32)
+    states = torch.randn(batch, 4, 8, 5)
+    for given, want in ((states, states), (None, torch.zeros_like(states))):
+        out, got = mamba_chunk_scan_combined(
+            x, dt, -torch.rand(4), B, B, 16, seq_idx=numbers, initial_states=given, return_final_states=True
+        )
+        assert out.shape == x.shape and torch.equal(got, want)
+
+
 def test_boundaries_must_be_where_the_sequences_change():
     tensors = {name: u[:1] if u.shape[0] == BATCH else u for name, u in chunk_inputs().items()}
     with pytest.raises(ValueError, match=r"cu_seqlens must be where seq_idx changes, \[0, 5, 14, 21\], got \[0, 21\]"):

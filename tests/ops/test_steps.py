@@ -45,6 +45,20 @@ def test_views_that_are_still_to_be_negated(step):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_gradient_and_a_state_in_its_place_exclude_each_other(step, backend):
+    function, arguments = step
+    for wanted in range(len(arguments)):
+        leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(arguments)]
+        for place in (leaves[1], leaves[1].detach().clone()):
+            before = place.detach().clone()
+            with pytest.raises(ValueError, match="out_state must be None where a gradient is asked for"):
+                function(*leaves, out_state=place, backend=backend)
+            assert torch.equal(place, before)
+            with torch.no_grad():
+                assert function(*leaves, out_state=place, backend=backend)[1] is place
+
+
 def test_a_parameter_in_training_keeps_its_gradient(step):
     function, arguments = step
     leaves = [x.clone().requires_grad_() for x in arguments]

@@ -104,8 +104,9 @@ def _step(inputs: Sequence[Tensor], state: Tensor) -> Contest:
     def mamba_ssm(state: Tensor) -> tuple[Tensor, Tensor]:
         """One decay for each head: views without strides over its channels."""
         update = import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
-        decays = A[:, None, None].expand(state.shape[1:])
-        return update(state, x, dt[:, :, None].expand(x.shape), decays, B, C), state
+        decays, steps = A[:, None, None].expand(state.shape[1:]), dt[:, :, None].expand(x.shape)
+        dt_bias = torch.zeros_like(A)[:, None].expand(x.shape[1:])
+        return update(state, x, steps, decays, B, C, dt_bias=dt_bias), state
 
     return Contest(
         {

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from onchip.ops import _native
+from onchip.ops._library import needs_grad
 
 kernels: Any = _native.kernels
 _there = _native.missing is None and kernels.read_tensors_of(Tensor, torch.nn.Parameter)
@@ -36,6 +37,16 @@ def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a gradient is wanted, backward or forward, which the reference gives."""
     backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
     return backward or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def refuse_recorded(out_state: Tensor | None, *tensors: Tensor | None) -> None:
+    """A step that is differentiated writes its state elsewhere.
+
+    Raises:
+        ValueError: it is to go into `out_state`.
+    """
+    if out_state is not None and needs_grad((out_state, *tensors)):
+        raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
 
 
 def changed(tensor: Tensor) -> None:

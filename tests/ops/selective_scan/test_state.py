@@ -48,6 +48,16 @@ def test_steps_are_the_scan(backend, in_place):
     assert_exact({"out": torch.stack(ys, 1), "final_state": state}, forward(call, backend))
 
 
+def test_a_state_in_a_narrower_place_is_rounded_after_the_step(backend):
+    call = case(time=1)
+    x, dt, B, C = (call[n][:, 0].bfloat16() for n in ("x", "dt", "B", "C"))
+    state = call["initial_state"].float() + 1e-3
+    place = torch.empty_like(state, dtype=torch.bfloat16)
+    want_y, want = onchip.selective_scan_step(x, state, dt, call["A"], B, C, backend=backend)
+    y, got = onchip.selective_scan_step(x, state, dt, call["A"], B, C, out_state=place, backend=backend)
+    assert got is place and torch.equal(y, want_y) and torch.equal(place, want.bfloat16())
+
+
 @pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [0, 3, 0, 90, 2, 0], [64, 128, 63], []], ids=str)
 def test_packed_is_one_by_one(backend, lengths):
     call = case(lengths=lengths)

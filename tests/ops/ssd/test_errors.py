@@ -108,11 +108,6 @@ STEP_ERRORS = {
     "state's dtype": ({"state": torch.zeros(2, 4, 5, 7).half()}, TypeError, "state must be torch.float32 or of x's"),
     "out_state's shape": ({"out_state": torch.zeros(1, 4, 5, 7)}, ValueError, "out_state must have shape"),
     "out_state's dtype": ({"out_state": torch.zeros(2, 4, 5, 7).half()}, TypeError, "out_state must be torch.float32"),
-    "a gradient into out_state": (
-        {"out_state": torch.zeros(2, 4, 5, 7), "x_t": torch.zeros(2, 4, 5, requires_grad=True)},
-        ValueError,
-        "out_state must be None where a gradient is asked for",
-    ),
     "dt_limit reversed": ({"dt_limit": (1, 0)}, ValueError, "low at most high"),
 }
 

@@ -59,25 +59,22 @@ def causal_conv1d_fn(
             given = "initial_states" if initial_states is not None else "return_final_states=True"
             raise ValueError(f"seq_idx goes with neither initial_states nor return_final_states, got {given}")
         return _packed(x, weight, bias, seq_idx, activation)
-    if initial_states is not None:
-        shape = (x.shape[0], x.shape[1], "W - 1")
-        check_tensor("initial_states", initial_states, shape, x, any_float=False)
-        initial_states = initial_states.transpose(1, 2)
+    shape = (*x.shape[:2], checks.check_filter(x, weight, bias, channels=x.shape[1]) - 1)
+    for name, states in (("initial_states", initial_states), ("final_states_out", final_states_out)):
+        if states is not None:
+            check_tensor(name, states, shape, x, any_float=False)
     result = onchip.causal_conv1d(
         x.transpose(1, 2),
         weight,
         bias,
         activation=activation,
-        initial_state=initial_states,
+        initial_state=None if initial_states is None else initial_states.transpose(1, 2),
         return_final_state=return_final_states,
     )
     if not isinstance(result, WithFinalState):
         return result.transpose(1, 2)
     final = result.final_state.transpose(1, 2)
-    if final_states_out is not None:
-        check_tensor("final_states_out", final_states_out, tuple(final.shape), x, any_float=False)
-        final = final_states_out.copy_(final)
-    return result.out.transpose(1, 2), final
+    return result.out.transpose(1, 2), final if final_states_out is None else final_states_out.copy_(final)
 
 
 def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activation: Activation) -> Tensor:

@@ -135,6 +135,7 @@ def causal_conv1d_step(
         state: `(B, W - 1, D)`, the inputs before it, oldest first, in x_t's dtype; not changed.
         weight, bias, activation, backend: as in `causal_conv1d`.
         out_state: where the new state is written, for decoding without allocation; `state` itself updates it in place.
+            Not where a gradient is asked for.
 
     Returns:
         `(y_t, new state)`, `(B, D)` and `(B, W - 1, D)`; the latter is `out_state` where that is given.
@@ -161,6 +162,7 @@ def causal_conv1d_step(
             _step.changed(new)
             return y_t, new
     silu = checks.check_step(x_t, state, weight, bias, activation, out_state)
+    _step.refuse_recorded(out_state, x_t, state, weight, bias)
     in_reference = _select.choose("causal_conv1d_step", IMPLEMENTATIONS, backend, x_t) == "reference"
     if in_reference or _step.differentiated(x_t, state, weight, bias):
         y_t, new = reference.step(x_t, state, weight, bias, silu)

@@ -178,7 +178,7 @@ def selective_scan_step(
         A, D, dt_bias, dt_softplus: as of `selective_scan`.
         B_t, C_t: `(B, G, N)`.
         out_state: where to write h', of state's shape and one of its dtypes; it may be `state` itself, which is then
-            updated in place. By default h' is a new tensor, in float32 (float64).
+            updated in place. By default h' is a new tensor, in float32 (float64). Not where a gradient is asked for.
         backend: as of `selective_scan`.
 
     Returns:
@@ -206,15 +206,14 @@ def selective_scan_step(
             _step.changed(new)
             return y_t, new
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
+    _step.refuse_recorded(out_state, *tensors)
     in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t, dt_t, A) == "reference"
     if in_reference or _step.differentiated(*tensors):
         y_t, new = reference.selective_scan_step(*tensors, dt_softplus)
         return y_t, new if out_state is None else out_state.copy_(new)
-    if out_state is None:
-        out_state = state.to(STATE_DTYPES[x_t.dtype], copy=True)
-    elif out_state is not state:
-        out_state.copy_(state)
-    return step.step(x_t, out_state, *tensors[2:], dt_softplus, backend), out_state
+    new = state if out_state is state else state.to(STATE_DTYPES[x_t.dtype], copy=True)
+    y_t = step.step(x_t, new, *tensors[2:], dt_softplus, backend)
+    return y_t, new if out_state is None or out_state is new else out_state.copy_(new)
 
 
 def selective_scan_matrix(

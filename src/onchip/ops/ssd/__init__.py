@@ -229,12 +229,10 @@ def ssd_step(
             return y, new
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, out_state)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x_t.shape[-2], x_t)
+    _step.refuse_recorded(out_state, *tensors)
     inputs = (x_t, state, dt_t, A, B_t, C_t, D, z)
-    differentiated = needs_grad((*inputs, dt_bias))
-    if differentiated and out_state is not None:
-        raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
     chosen = _select.choose("ssd_step", IMPLEMENTATIONS, backend, *inputs[:6])
-    if chosen != "reference" and not differentiated:
+    if chosen != "reference" and not needs_grad(tensors):
         return op.ssd_step(*inputs, dt_bias, step.softplus, *step.range, backend, out_state=out_state)
     y, new_state = reference.ssd_step(*inputs, step)
     return y, new_state if out_state is None else out_state.copy_(new_state)
