@@ -32,10 +32,10 @@ check: $(READY) ## Lint, format and type checks
 bench: $(READY) ## Measure attention against PyTorch's own, table only (about 20 minutes)
 	$(BIN)/onchip bench attention
 
-test-gpu: .gpu ## Run the tests of the operations on the GPU, with the machine's own python3 (under 10 minutes)
+test-gpu: .gpu ## Run the tests of operations, mixers and models on the GPU, with the machine's own python3 (under 10 minutes)
 	mkdir -p $(OUT)
 	$(ON_GPU) -m pytest -n auto --maxprocesses 16 --dist worksteal --durations 20 --junit-xml $(OUT)/test-gpu.xml \
-	  tests/ops tests/bench tests/cli/test_tune.py $(ARGS)
+	  tests/ops tests/bench tests/cli/test_tune.py tests/test_on_gpu.py $(ARGS)
 
 # Each has its share of the nine minutes; what is stopped keeps the rows it has.
 bench-gpu: .gpu ## Measure the operations on the GPU, with the machine's own python3, into benchmarks/results (under 10 minutes)

@@ -1,9 +1,9 @@
 """Mamba's selective scan, with its softplus, D and gate, against plain PyTorch, mambapy and mamba_ssm.
 
 On a CPU the plain one is transformers' loop, which is only measured forward: its backward pass writes the whole input's
-gradient anew at every token, and takes minutes. Both passes are measured against mambapy's parallel scan
-(`pip install mambapy`) where that is there, else against the reference, which is the plain one on a GPU, too. mambapy
-and mamba_ssm get what the operation gets: x, dt, z, A, B, C, D and the bias.
+gradient anew at every token, and takes minutes. Both passes are measured against mambapy's parallel scan where it is
+installed (`pip install 'onchip[bench]'`), else against the reference, which is the plain one on a GPU, too. mambapy and
+mamba_ssm get what the operation gets: x, dt, z, A, B, C, D and the bias.
 """
 
 from collections.abc import Callable, Sequence
