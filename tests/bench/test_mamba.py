@@ -1,12 +1,13 @@
 """The benchmark of whole Mambas: every suite is measured, with onchip and truly without, and the table has it."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from onchip.bench import machine, mamba, operations, rows
+from onchip.bench import machine, mamba, operations, plot_mamba, rows
 from onchip.cli.bench import bench
 from onchip.cli.bench_operations import OPERATIONS
 
@@ -71,6 +72,14 @@ def test_what_is_wrong_is_not_timed(suite, monkeypatch):
         operations.check(case, wrong)
 
 
+def test_the_picture_has_passes_steps_and_both_mallocs(tmp_path):
+    plan = mamba.cases(("forward", "train", "context"), dtypes=[], lengths=[8, 40], quick=False)
+    found = [measured(case) for case in plan]
+    tuned = [dataclasses.replace(row, machine=dataclasses.replace(row.machine, malloc="tuned")) for row in found]
+    rows.merge(tmp_path / "mamba.jsonl", [*found, *tuned])
+    assert plot_mamba.mamba(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
 def test_command_and_table(tmp_path, monkeypatch, table):  # noqa: F811
     for name, value in machine.environment("default").items():
         monkeypatch.setenv(name, value)
@@ -82,6 +91,7 @@ def test_command_and_table(tmp_path, monkeypatch, table):  # noqa: F811
     torch.set_num_threads(before)
     assert run.exit_code == 0, run.output
     assert "µs a token" in run.output and "state, KB" in run.output
+    assert "mamba.png" in run.output and (tmp_path / "cpu" / "mamba.png").read_bytes().startswith(b"\x89PNG")
     text = table.updated(PAGE, tmp_path)
     for line in ("forward", "a training step, T 1024"):
         assert f"| Mamba of transformers, 4 layers of 256, {line} | without onchip |" in text

@@ -49,7 +49,7 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
         ] = "default",
         quick: Annotated[bool, typer.Option("--quick", help="One length and few rounds.")] = False,
         seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on a case, at least five rounds.")] = 3.0,
-        out: Annotated[Path | None, typer.Option(help=f"Folder for {name}.jsonl.")] = None,
+        out: Annotated[Path | None, typer.Option(help=f"Folder for {name}.jsonl{_PICTURE.get(name, '')}.")] = None,
         record: Annotated[bool, typer.Option("--record", help="The same into benchmarks/results/, by device.")] = False,
     ) -> None:
         _one_place(record, out)
@@ -72,7 +72,7 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
         suites = choices("--suite", suite, known) if suite else benchmark.SUITES
         plan = benchmark.cases(suites, dtypes=asked, lengths=wanted, quick=quick, device=device)
 
-        from onchip.bench import operations
+        from onchip.bench import operations, plot_mamba
 
         measured = functools.partial(
             operations.measure,
@@ -82,9 +82,14 @@ def _command(bench: typer.Typer, name: str, help: str) -> None:
             seconds=0.3 if quick else seconds,
             min_rounds=3 if quick else 5,
         )
-        _tell_of(_measure_all(plan, measured, name, _folder(record, out, here), gpu=here.gpu))
+        folder = _folder(record, out, here)
+        wrong = _measure_all(plan, measured, name, folder, gpu=here.gpu)
+        if folder is not None and name == "mamba" and not here.gpu:
+            print(plot_mamba.mamba(folder))
+        _tell_of(wrong)
 
 
+_PICTURE = {"mamba": " and mamba.png"}
 _HELP = """\
 Before a case is timed its result, gradients included, must be as close to float64 as the tests ask. The contenders then
 take turns for many rounds. A ratio is the peer's time over onchip's: the median over the rounds, half the distance
