@@ -42,10 +42,10 @@ bench-gpu: .gpu ## Measure the operations on the GPU, with the machine's own pyt
 	mkdir -p $(OUT)
 	code=0; \
 	bench() { limit=$$1; shift; $(ON_GPU) -m onchip bench "$$@" --device cuda --record $(ARGS) || code=$$?; }; \
-	bench 240 attention --suite forward,backward,decode --seconds 1; \
+	bench 260 attention --suite forward,backward,decode --seconds 0.5; \
 	bench 40 causal_conv1d --seconds 1; \
 	bench 80 selective_scan --seconds 1; \
-	bench 60 ssd --seconds 1; \
+	bench 50 ssd --seconds 1; \
 	bench 60 mamba --suite step --seconds 1; \
 	$(ON_GPU) benchmarks/table.py; cp -R benchmarks/results README.md docs/speed.md $(OUT); exit $$code
 
