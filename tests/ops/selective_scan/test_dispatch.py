@@ -45,13 +45,13 @@ def test_opcheck(more, dtype):
         if grad:
             call["x"].requires_grad_()
             call["A"].requires_grad_()
-        torch.library.opcheck(torch.ops.onchip.selective_scan.default, (*(call[n] for n in ORDER), False))
+        torch.library.opcheck(torch.ops.onchip.selective_scan.default, (*(call[n] for n in ORDER), False, None))
 
 
 def test_opcheck_of_a_step():
     call = case(time=1).to(torch.float32)
     x, dt, B, C, z = (call[n][:, 0].contiguous() for n in PER_TOKEN)
-    arguments = (x, call["initial_state"], dt, call["A"], B, C, call["D"], z, call["dt_bias"], True)
+    arguments = (x, call["initial_state"], dt, call["A"], B, C, call["D"], z, call["dt_bias"], True, None)
     torch.library.opcheck(torch.ops.onchip.selective_scan_step.default, arguments)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from onchip.ops._library import in_torch_func_grad, library
+from onchip.ops._library import in_torch_func_grad, library, no_forward_mode
 from onchip.ops.attention import cpu
 from onchip.ops.attention.outputs import gradients_like, output_like
 
@@ -175,11 +175,7 @@ class _Attention(torch.autograd.Function):
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return (None, *kept[:3], None, None, None, None, *kept[3:], *(None,) * 7)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        raise RuntimeError(
-            "attention: the fused kernels have no forward-mode derivative; call with backend='reference' for one"
-        )
+    jvp = no_forward_mode("attention")
 
 
 def _apply(asked: dict[str, bool], args: tuple[Any, ...]) -> Any:

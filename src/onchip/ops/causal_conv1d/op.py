@@ -1,12 +1,13 @@
 """The causal convolution's registration with PyTorch's dispatcher: schema, kernels, fake kernel, autograd."""
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from onchip.ops._library import differentiated_once, in_torch_func_grad, library, needs_grad
+from onchip.ops._library import asked_for, backward_once, differentiated_by, library, no_forward_mode
 from onchip.ops.causal_conv1d import cpu
 from onchip.ops.causal_conv1d.outputs import add_through_final_state, final_state, output_like, state_like
 
@@ -20,14 +21,6 @@ library.define(  # type: ignore[no-untyped-call]
 )
 
 _causal_conv1d = torch.ops.onchip.causal_conv1d.default
-_causal_conv1d_backward = torch.ops.onchip.causal_conv1d_backward.default
-
-
-def causal_conv1d(*args: Any) -> tuple[Tensor, Tensor]:
-    """Call the op; arguments in the schema's order. A state that is not asked for has no elements."""
-    if not torch.compiler.is_compiling() and in_torch_func_grad():
-        return cast(tuple[Tensor, Tensor], _CausalConv1d.apply(*args))  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, Tensor], _causal_conv1d(*args))
 
 
 def implementation(x: Tensor, backend: str | None) -> Any:
@@ -123,39 +116,15 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_final is None:
-            return (None,) * 8
-        x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
-        grad_out = torch.zeros_like(x) if grad_out is None else grad_out
+            return (None,) * len(ctx.needs_input_grad)
+        tensors = ctx.saved_tensors
+        grad_out = torch.zeros_like(tensors[0]) if grad_out is None else grad_out
         grad_final = grad_final if ctx.return_final_state else None
-        args = (grad_out, grad_final, x, weight, bias, initial_state, cu_seqlens, ctx.silu, ctx.backend)
-        if not torch.compiler.is_compiling() and in_torch_func_grad():
-            grads = _CausalConv1dBackward.apply(*args)
-        else:
-            grads = _causal_conv1d_backward(*args)
-        kept = [grad if want else None for grad, want in zip(grads, ctx.needs_input_grad[:4], strict=True)]
-        return (*kept, None, None, None, None)
+        return asked_for(ctx, _backward_once(grad_out, grad_final, *tensors, ctx.silu, ctx.backend))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        raise RuntimeError(
-            "causal_conv1d: the fused kernels have no forward-mode derivative; call with backend='reference' for one"
-        )
+    jvp = no_forward_mode("causal_conv1d")
 
 
-_CausalConv1dBackward = differentiated_once("causal_conv1d", _causal_conv1d_backward)
-
-
-@torch.library.impl(library, "causal_conv1d", "Autograd")
-def _causal_conv1d_autograd(*args: Any) -> Any:
-    if needs_grad(args):
-        return _CausalConv1d.apply(*args)  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _causal_conv1d(*args)
-
-
-@torch.library.impl(library, "causal_conv1d_backward", "Autograd")
-def _causal_conv1d_backward_autograd(*args: Any) -> Any:
-    if needs_grad(args):
-        return _CausalConv1dBackward.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _causal_conv1d_backward(*args)
+_backward_once = backward_once("causal_conv1d")
+causal_conv1d: Callable[..., tuple[Tensor, Tensor]] = differentiated_by(_CausalConv1d, "causal_conv1d")
+"""Call the op; arguments in the schema's order. A state that is not asked for has no elements."""

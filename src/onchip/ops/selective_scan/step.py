@@ -11,7 +11,7 @@ from onchip.ops.selective_scan.op import implementation
 
 library.define(  # type: ignore[no-untyped-call]
     "selective_scan_step(Tensor x_t, Tensor(a!) state, Tensor dt_t, Tensor A, Tensor B_t, Tensor C_t, Tensor? D, "
-    "Tensor? z, Tensor? dt_bias, bool dt_softplus, str? backend=None) -> Tensor"
+    "Tensor? z, Tensor? dt_bias, bool dt_softplus, str? backend) -> Tensor"
 )
 
 _step = torch.ops.onchip.selective_scan_step.default
@@ -28,7 +28,8 @@ def step(*args: Any) -> Tensor:
 
 
 def _forward(*args: Any) -> Tensor:
-    return cast(Tensor, implementation(args[0], args[10] if len(args) > 10 else None).step(*args[:10]))
+    *inputs, backend = args
+    return cast(Tensor, implementation(args[0], backend).step(*inputs))
 
 
 for _device in ("CPU", "CUDA"):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from onchip.ops._library import differentiated_once, in_torch_func_grad, library, needs_grad
+from onchip.ops._library import asked_for, backward_once, differentiated_by, library, no_forward_mode
 from onchip.ops._sequence import STATE_DTYPES
 from onchip.ops._step import changed
 from onchip.ops.ssd import cpu
@@ -21,7 +21,7 @@ _STEP_ARGUMENTS = (
     "Tensor x_t, Tensor state, Tensor dt_t, Tensor A, Tensor B_t, Tensor C_t, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "bool dt_softplus, float dt_low, float dt_high, str? backend"
 )
-_DIFFERENTIABLE = 9  # the first of the arguments
+_TENSORS = 10  # the first of the arguments
 
 library.define(f"ssd({_ARGUMENTS}) -> (Tensor out, Tensor final_state)")  # type: ignore[no-untyped-call]
 library.define(  # type: ignore[no-untyped-call]
@@ -33,16 +33,8 @@ library.define(f"ssd_step({_STEP_ARGUMENTS}) -> (Tensor y, Tensor state)")  # ty
 library.define(f"ssd_step_into({_STEP_ARGUMENTS}, Tensor(a!) out_state) -> Tensor y")  # type: ignore[no-untyped-call]
 
 _ssd = torch.ops.onchip.ssd.default
-_ssd_backward = torch.ops.onchip.ssd_backward.default
 _ssd_step = torch.ops.onchip.ssd_step.default
 _ssd_step_into = torch.ops.onchip.ssd_step_into.default
-
-
-def ssd(*args: Any) -> tuple[Tensor, Tensor]:
-    """Call the op; arguments in the schema's order."""
-    if not torch.compiler.is_compiling() and in_torch_func_grad():
-        return cast(tuple[Tensor, Tensor], _Ssd.apply(*args))  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, Tensor], _ssd(*args))
 
 
 def ssd_step(*args: Any, out_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -115,8 +107,8 @@ class _Ssd(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[: _DIFFERENTIABLE + 1])
-        ctx.settings = inputs[_DIFFERENTIABLE + 1 :]
+        ctx.save_for_backward(*inputs[:_TENSORS])
+        ctx.settings = inputs[_TENSORS:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -125,28 +117,14 @@ class _Ssd(torch.autograd.Function):
         if grad_out is None and grad_state is None:
             return (None,) * len(ctx.needs_input_grad)
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else grad_out
-        args = (grad_out, grad_state, *tensors, *ctx.settings)
-        in_func = not torch.compiler.is_compiling() and in_torch_func_grad()
-        grads = _SsdBackward.apply(*args) if in_func else _ssd_backward(*args)
-        kept = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*kept, *(None,) * (len(ctx.needs_input_grad) - _DIFFERENTIABLE))
+        return asked_for(ctx, _backward_once(grad_out, grad_state, *tensors, *ctx.settings))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        raise RuntimeError("ssd: the kernels have no forward-mode derivative; call with backend='reference' for one")
+    jvp = no_forward_mode("ssd")
 
 
-_SsdBackward = differentiated_once("ssd", _ssd_backward)
-
-
-def _autograd(function: Any, op: Any) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        if needs_grad(args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return kernel
+_backward_once = backward_once("ssd")
+ssd: Callable[..., tuple[Tensor, Tensor]] = differentiated_by(_Ssd, "ssd")
+"""Call the op; arguments in the schema's order."""
 
 
 def _without_gradient(op: Any, *, writes: bool = False) -> Callable[..., Any]:
@@ -164,7 +142,5 @@ def _without_gradient(op: Any, *, writes: bool = False) -> Callable[..., Any]:
     return kernel
 
 
-library.impl("ssd", _autograd(_Ssd, _ssd), "Autograd")  # type: ignore[no-untyped-call]
-library.impl("ssd_backward", _autograd(_SsdBackward, _ssd_backward), "Autograd")  # type: ignore[no-untyped-call]
 library.impl("ssd_step", _without_gradient(_ssd_step), "Autograd")  # type: ignore[no-untyped-call]
 library.impl("ssd_step_into", _without_gradient(_ssd_step_into, writes=True), "Autograd")  # type: ignore[no-untyped-call]
