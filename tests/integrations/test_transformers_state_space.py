@@ -133,6 +133,16 @@ def test_a_prompt_in_chunks(model):
     agree(torch.cat(parts, 1), whole)
 
 
+def test_compiles_into_one_graph(name, model):
+    if name not in ("mamba", "mamba2"):
+        pytest.skip("one of each kind of mixer")
+    ids = tokens(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        agree(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 def test_gradients_through_a_prompt_in_chunks():
     """They stop at the cache, whose states transformers writes in place, and are what they are from there on."""
     register()
