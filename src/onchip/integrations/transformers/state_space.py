@@ -147,6 +147,10 @@ def _through_onchip(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(theirs)
     def through_onchip(*args: Any, **kwargs: Any) -> Any:
+        if "seq_idx" in known and kwargs.get("seq_idx") is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "seq_idx must be given where cu_seq_lens_q is: without it the sequences would share a state"
+            )
         return ours(*args, **{key: value for key, value in kwargs.items() if key in known})
 
     through_onchip.through_onchip = name  # type: ignore[attr-defined]
@@ -163,8 +167,11 @@ def _carry_states(cls: type[nn.Module]) -> None:
 
     @functools.wraps(theirs)
     def forward(self: Any, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("seq_idx") is not None:
-            raise ValueError(f"seq_idx must be None: {cls.__name__} does not reset its state between packed sequences")
+        for name in ("seq_idx", "cu_seq_lens_q"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be None: {cls.__name__} does not reset its state between packed sequences"
+                )
         state = None
         if cache_params is not None and hidden_states.shape[1] > 1:
             state = cache_params.get_recurrent_state(self.layer_idx)
