@@ -85,6 +85,14 @@ LINES = [
             ("Mamba-2 130M's shape, a decoding step, bfloat16", "mamba", "step", "bfloat16", "transformers", ""),
         )
     ),
+    *(
+        Line(work, suite, {"dtype": "float32"}, "mambapy", "mambapy", operation, headline=False)
+        for work, operation, suite in (
+            ("selective_scan forward", "selective_scan", "forward"),
+            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train"),
+            (f"{MAMBA}, a training step, T 1024", "mamba", "once"),
+        )
+    ),
 ]
 
 

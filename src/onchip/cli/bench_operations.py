@@ -22,9 +22,9 @@ DTYPES = ("float32", "bfloat16")
 OPERATIONS = {
     "attention_features": "Measure what dropout, block masks and pages cost, against onchip.attention without them.",
     "mamba": "Measure whole models: transformers' Mamba with onchip and without, and decoding steps of Mamba-2.",
-    "causal_conv1d": "Measure onchip.causal_conv1d, width 4 with SiLU, against PyTorch's depthwise conv1d.",
-    "selective_scan": "Measure onchip.selective_scan, D 512, N 16, against transformers' loop and mambapy.",
-    "ssd": "Measure onchip.ssd against a batched ssd in plain PyTorch and transformers' own for Mamba-2.",
+    "causal_conv1d": "Measure onchip.causal_conv1d, width 4 with SiLU, against PyTorch's conv1d and the package.",
+    "selective_scan": "Measure onchip.selective_scan, N 16, against transformers' loop, mambapy and mamba_ssm.",
+    "ssd": "Measure onchip.ssd against a batched ssd in plain PyTorch, transformers' and mamba_ssm's.",
 }
 
 
@@ -93,7 +93,8 @@ _PICTURE = {"mamba": " and mamba.png"}
 _HELP = """\
 Before a case is timed its result, gradients included, must be as close to float64 as the tests ask. The contenders then
 take turns for many rounds. A ratio is the peer's time over onchip's: the median over the rounds, half the distance
-between the quartiles beside it. Most figures are also a fraction of the rate of a copy of what must cross to memory.
+between the quartiles beside it. Most figures are also a fraction of the rate at which memory copies what must cross to
+it, or of torch.mm's. On a GPU all is in bfloat16.
 """
 _PASSES = """\
 * **forward**: that pass alone
@@ -101,6 +102,8 @@ _PASSES = """\
 * **backward**: both passes
 
 * **step**: a token of one sequence, on a GPU of 128, whatever the lengths
+
+On a GPU the passes have 16,384 tokens in all, and mamba_ssm, causal_conv1d and fla take part where they run.
 """
 _SUITES = {
     "attention_features": """\
