@@ -25,13 +25,17 @@ def mamba(folder: Path) -> Path:
 
     rows = [row for row in read(folder / "mamba.jsonl") if row.case.dtype == "float32"]
     mallocs = sorted({row.machine.malloc for row in rows}) or ["default"]
-    figure = Figure(figsize=(13, 0.9 + 3.6 * len(mallocs)), layout="constrained")
-    panels = figure.subplots(len(mallocs), len(PANELS), squeeze=False)
+    drawn = {
+        title: suites for title, suites in PANELS.items() if any(row.case.suite in suites for row in rows)
+    } or PANELS
+    figure = Figure(figsize=(1.6 + 4 * len(drawn), 0.9 + 3.6 * len(mallocs)), layout="constrained")
+    panels = figure.subplots(len(mallocs), len(drawn), squeeze=False)
     for line, malloc in zip(panels, mallocs, strict=True):
-        for panel, (title, suites) in zip(line, PANELS.items(), strict=True):
+        for panel, (title, suites) in zip(line, drawn.items(), strict=True):
             _curves(panel, [row for row in rows if row.machine.malloc == malloc and row.case.suite in suites])
             panel.set_title(title, fontsize=10, loc="left")
-        line[0].set_ylabel(f"malloc {malloc}\nmilliseconds")
+        first = next((panel for panel in line if panel.get_visible()), line[0])
+        first.set_ylabel(f"malloc {malloc}\nmilliseconds")
     lines = {line.get_label(): line for panel in panels.flat for line in panel.get_lines()}
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=len(COLORS) + 1, frameon=False)
     if rows:
