@@ -41,9 +41,9 @@ def mamba(folder: Path) -> Path:
     if rows:
         machine, threads = rows[0].machine, max(row.machine.threads for row in rows)
         figure.suptitle(
-            f"Mamba (decoding: Mamba-2), 4 layers of 256 features: {machine.name}, {threads} threads, torch"
-            f" {machine.torch}; line: median, band: quartiles",
-            fontsize=11, x=0.01, ha="left",
+            "Mamba (decoding: Mamba-2), 4 layers of 256 features; line: median, band: quartiles\n"
+            f"{machine.name}, {threads} threads, torch {machine.torch}",
+            fontsize=10, x=0.01, ha="left",
         )  # fmt: skip
     path = folder / "mamba.png"
     with atomic_write(path) as temporary:
