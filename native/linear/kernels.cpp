@@ -21,20 +21,53 @@ constexpr int64_t kBlock = kSums * kLanes<float>;
 constexpr int64_t kUnitBytes = 64 << 10;     // of weights, which a thread takes at a time
 constexpr int64_t kBytesPerThread = 512 << 10;  // a thread is woken in about the time in which another reads as many
 
+// Two vectors of neighbouring weights. Of bfloat16 the first has the even ones and the second the odd ones, which takes a
+// shift and a mask, where their own order would take shuffles; x is then laid out the same way.
+template <class S>
+inline void load_pair(const S* p, Vec<float>& a, Vec<float>& b) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+        using Bits = VecOf<float>::bits;
+        const Bits both = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(p)));
+        a = reinterpret_cast<Vec<float>>(both << 16);
+        b = reinterpret_cast<Vec<float>>(both & int32_t(0xffff0000));
+    } else {
+        a = load_as<float>(p);
+        b = load_as<float>(p + kLanes<float>);
+    }
+}
+
+template <class S>
+void lay_out(float* x, int64_t n) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+        constexpr int64_t L = kLanes<float>;
+        for (int64_t c = 0; c < n; c += 2 * L) {
+            float odd[L];
+            for (int64_t i = 0; i < L; ++i) odd[i] = x[c + 2 * i + 1];
+            for (int64_t i = 0; i < L; ++i) x[c + i] = x[c + 2 * i];
+            std::copy_n(odd, L, x + c + L);
+        }
+    }
+}
+
 // sums[i] += Σ over blocks of weights ∘ the i-th row of x, of which each vector is a sum of its own. Where the weights are
 // in cache by now, `ahead` are those to ask for meanwhile; else null.
 template <class S, int Rows>
 inline void add_products(const S* weights, int64_t n, const S* ahead, const float* x, int64_t pitch,
                          Vec<float> (&sums)[Rows][kSums]) {
+    constexpr int L = kLanes<float>;
     for (int64_t c = 0; c < n; c += kBlock) {
         if (ahead != nullptr)
             for (size_t byte = 0; byte < kBlock * sizeof(S); byte += 64)
                 __builtin_prefetch(reinterpret_cast<const char*>(ahead + c) + byte);
-#pragma GCC unroll 4
-        for (int s = 0; s < kSums; ++s) {
-            const Vec<float> w = load_as<float>(weights + c + s * kLanes<float>);
+#pragma GCC unroll 2
+        for (int s = 0; s < kSums; s += 2) {
+            Vec<float> a, b;
+            load_pair(weights + c + s * L, a, b);
 #pragma GCC unroll 3
-            for (int i = 0; i < Rows; ++i) sums[i][s] += w * load(x + i * pitch + c + s * kLanes<float>);
+            for (int i = 0; i < Rows; ++i) {
+                sums[i][s] += a * load(x + i * pitch + c + s * L);
+                sums[i][s + 1] += b * load(x + i * pitch + c + (s + 1) * L);
+            }
         }
     }
 }
@@ -48,6 +81,7 @@ public:
             float* const to = x_ + row * pitch_;
             read_row(to, p.x.at(row), p.x.tensor.dtype, p.x.stride(), p.x.size);
             std::fill(to + p.x.size, to + pitch_, 0.0f);
+            lay_out<S>(to, pitch_);
         }
     }
 
@@ -74,8 +108,8 @@ private:
     void all_rows(int64_t output, int64_t lane, Vec<float> (*dots)[kLanes<float>]) const {
         const S* const weights = reinterpret_cast<const S*>(p_.weight.at(output, 0, 0));
         const int64_t whole = p_.x.size / kBlock * kBlock;
-        float tail[kBlock] = {};
-        for (int64_t c = whole; c < p_.x.size; ++c) tail[c - whole] = widen(weights[c]);
+        S tail[kBlock] = {};
+        std::copy(weights + whole, weights + p_.x.size, tail);
         for (int64_t row = 0; row < rows_; row += kRowsAtOnce) {
             switch (rows_ - row) {
                 case 1: some_rows<1>(weights, whole, tail, row, lane, dots); break;
@@ -86,12 +120,12 @@ private:
     }
 
     template <int Rows>
-    void some_rows(const S* weights, int64_t whole, const float* tail, int64_t row, int64_t lane,
+    void some_rows(const S* weights, int64_t whole, const S* tail, int64_t row, int64_t lane,
                    Vec<float> (*dots)[kLanes<float>]) const {
         const float* const x = x_ + row * pitch_;
         Vec<float> sums[Rows][kSums] = {};
         add_products(weights, whole, row == 0 ? nullptr : weights + p_.weight.strides[0], x, pitch_, sums);
-        if (whole < p_.x.size) add_products<float>(tail, kBlock, nullptr, x + whole, pitch_, sums);
+        if (whole < p_.x.size) add_products<S>(tail, kBlock, nullptr, x + whole, pitch_, sums);
         for (int i = 0; i < Rows; ++i) dots[row + i][lane] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
     }
 

@@ -120,11 +120,11 @@ class Mamba2(Selective):
         return {**super()._step_options(), "dt_limit": self.dt_limit}
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        z, inputs, dt = self.in_proj(x).split(self._sizes, dim=-1)
+        z, inputs, dt = self.in_proj(x).split_with_sizes(self._sizes, -1)
         return inputs, (z, dt)
 
     def _select(self, inputs: Tensor, past: tuple[Tensor, ...]) -> Selected:
-        u, B, C = torch.split(inputs, self._conv_sizes, dim=-1)
+        u, B, C = inputs.split_with_sizes(self._conv_sizes, -1)
         z, dt = past
         shape = inputs.shape[:-1]
         heads, groups = (*shape, self.n_heads, self.head_dim), (*shape, self.n_groups, self.d_state)
