@@ -3,6 +3,12 @@
 // A core reads at the rate of memory where it reads in the order of addresses, and its prefetchers run ahead of it. So a
 // row of weights is read from one end to the other before the next one, multiplied by all rows of x, which stay in cache;
 // 16-bit weights widen in registers. A dot product's sums are the same, in the same order, however many rows there are.
+//
+// On one core of an EPYC with AVX2, a busy machine, thread CPU time, best of 7, weights (3352, 768) and (768, 1536) beyond
+// cache, as a fraction of the rate of summing as many bytes: one row in float32 0.96 and 1.0, bfloat16 0.92 and 0.97,
+// float16 0.92 and 1.0 (PyTorch's: 0.56 and 0.77, 0.57 and 0.84, 0.81 and 0.83); eight rows in float32 0.38 and 0.30,
+// where it is the arithmetic. Two or four rows of weights at once take twice the time, asking for them early a quarter
+// more, and past the second-level cache (non-temporal) as much.
 #include <algorithm>
 
 #include "common/convert.hpp"
@@ -15,10 +21,10 @@ namespace {
 
 using linear::Problem;
 
-constexpr int kSums = 4;                     // of a dot product, side by side: an addition waits for the one before it
-constexpr int kRowsAtOnce = 3;               // of x: their sums, and the weights, fit 16 registers
+constexpr int kSums = 4;        // of a dot product, side by side: an addition waits for the one before it
+constexpr int kRowsAtOnce = 3;  // of x: their sums, and the weights, fit 16 registers
 constexpr int64_t kBlock = kSums * kLanes<float>;
-constexpr int64_t kUnitBytes = 64 << 10;     // of weights, which a thread takes at a time
+constexpr int64_t kUnitBytes = 64 << 10;        // of weights, which a thread takes at a time
 constexpr int64_t kBytesPerThread = 512 << 10;  // a thread is woken in about the time in which another reads as many
 
 // Two vectors of neighbouring weights. Of bfloat16 the first has the even ones and the second the odd ones, which takes a

@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Numerics: the kernel's products are summed in float32, and rounded once with the bias. Its bits are the same on
     every run, on any number of threads, and a row's do not depend on how many rows there are.
-    Cost: 2·in·out operations a row. The floor is one read of the weights, which the kernel takes for one row.
+    Cost: 2·in·out operations a row. The floor is one read of the weights: with one row the kernel takes little more.
 
     Differentiable as PyTorch's.
 
