@@ -79,6 +79,10 @@ def test_selective_scan_refuses_what_it_has_not():
         selective_scan_fn(u, u, -positive(DIM, N).to(torch.complex128), B, B)
     with pytest.raises(ValueError, match=r"B must be \(dim, d_state\), .* got \(4,\)"):
         selective_scan_fn(u, u, -positive(DIM, N), normal(N), B)
+    with pytest.raises(ValueError, match="C's groups must divide u's 6 channels, got 0"):
+        selective_scan_fn(u, u, -positive(DIM, N), B, normal(BATCH, 0, N, LENGTH))
+    with pytest.raises(ValueError, match=r"B must have shape \(6, d_state\), got \(3, 4\)"):  # not three groups
+        selective_scan_fn(u, u, -positive(DIM, N), normal(3, N), B)
 
 
 @pytest.mark.parametrize("norms", [False, True], ids=["mamba", "falcon mamba"])
@@ -104,8 +108,9 @@ def test_mamba_inner(norms, given):
     projected = x.mT @ x_proj.T
     delta = rms(projected[..., :rank] @ delta_proj.T, "dt_rms_weight").mT
     if not given:
-        B = rms(projected[..., rank : rank + N] + biases["B_proj_bias"], "b_rms_weight").mT
-        C = rms(projected[..., rank + N :] + biases["C_proj_bias"], "c_rms_weight").mT
+        B = (projected[..., rank : rank + N] + biases["B_proj_bias"]).mT
+        C = (projected[..., rank + N :] + biases["C_proj_bias"]).mT
+    B, C = rms(B.mT, "b_rms_weight").mT, rms(C.mT, "c_rms_weight").mT
     expected, _ = scan(x, delta, A, per_channel(B), per_channel(C), D, z, delta_bias, True)
     close(y, expected.mT @ out_proj.T + out_bias)
 
@@ -113,6 +118,24 @@ def test_mamba_inner(norms, given):
 def test_mamba_inner_refuses_an_unknown_level():
     with pytest.raises(ValueError, match="checkpoint_lvl must be 0 or 1, got 2"):
         mamba_inner_fn(*[torch.zeros(1)] * 8, checkpoint_lvl=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"B": normal(BATCH, N, LENGTH), "B_proj_bias": normal(N)}, "B_proj_bias must be None where B is given"),
+        ({}, r"x_proj_weight must have shape \(11, 6\), got \(7, 6\)"),
+        (
+            {"B": normal(BATCH, N, LENGTH), "b_rms_weight": normal(3)},
+            r"b_rms_weight must have shape \(4,\), got \(3,\)",
+        ),
+    ],
+)
+def test_mamba_inner_says_what_does_not_fit(arguments, message):
+    rank = 3
+    tensors = normal(BATCH, 2 * DIM, LENGTH), normal(DIM, 1, 4), None, normal(rank + N, DIM), normal(DIM, rank)
+    with pytest.raises(ValueError, match=message):
+        mamba_inner_fn(*tensors, normal(5, DIM), None, -positive(DIM, N), **arguments)
 
 
 def token(heads, expanded):
@@ -183,6 +206,39 @@ def test_state_update_of_some_rows(heads, expanded):
     close(selective_state_update(state, **values, dt_softplus=True, state_batch_indices=rows), expected)
     close(state[rows.long()], new)
     close(state[[0, 2, 4]], before[[0, 2, 4]])
+
+
+@pytest.mark.parametrize(("heads", "expanded"), [(None, False), (4, False), (4, True)])
+def test_state_update_leaves_padding_alone(heads, expanded):
+    _, values = token(heads, expanded)
+    state = normal(3, *values["x"].shape[1:], N, seed=7)
+    before, expected = state.clone(), selective_state_update(state[1:].clone(), **values)
+    y = selective_state_update(state, **values, state_batch_indices=torch.tensor([-1, 2], dtype=torch.int32))
+    assert not y[0].any()
+    close(y[1], expected[1])
+    assert torch.equal(state[:2], before[:2])
+    assert not torch.equal(state[2], before[2])
+
+
+@pytest.mark.parametrize(("heads", "expanded"), [(None, False), (4, False), (4, True)])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("state", lambda u: u.int(), "state must be float64, float32"),
+        ("state", lambda u: u[:, 1:], r"state must have shape \(2, .*, d_state\), got"),
+        ("A", lambda u: u[..., 1:], r"A must have shape \(.*4\), got \(.*3\)"),
+        ("dt", lambda u: u[1:], "dt must have shape"),
+        ("dt_bias", lambda u: u[1:], "dt_bias must have shape"),
+        ("state_batch_indices", lambda u: torch.tensor([0.0, 1.0]), "must be int32 or int64, got torch.float32"),
+        ("state_batch_indices", lambda u: torch.tensor([1]), r"must have shape \(2,\), got \(1,\)"),
+    ],
+)
+def test_state_update_says_what_does_not_fit(heads, expanded, name, change, message):
+    state, values = token(heads, expanded)
+    arguments = {"state": state, **values}
+    arguments[name] = change(arguments.get(name))
+    with pytest.raises((ValueError, TypeError), match=message):
+        selective_state_update(**arguments)
 
 
 @pytest.mark.parametrize(("heads", "expanded"), [(None, False), (4, False), (4, True)])
@@ -279,6 +335,23 @@ def test_chunk_scan_says_what_does_not_fit(arguments, message):
         mamba_chunk_scan_combined(**chunk_inputs(), chunk_size=8, **arguments)
 
 
+def test_packed_rows_are_not_mistaken_for_each_other():
+    tensors = chunk_inputs()
+    tensors["B"], tensors["C"] = (tensors[name].reshape(3, 14, GROUPS, N) for name in ("B", "C"))
+    with pytest.raises(ValueError, match=r"B must have shape \(2, 21, groups, state dim\), got \(3, 14"):
+        mamba_chunk_scan_combined(**tensors, chunk_size=8, seq_idx=STARTS)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 0), (0, 21)])
+def test_chunk_scan_of_no_tokens(rows, length):
+    tensors = {name: u[:rows, :length] if u.shape[:2] == (BATCH, LENGTH) else u for name, u in chunk_inputs().items()}
+    state, seq_idx = normal(rows, HEADS, P, N), STARTS[:rows, :length]
+    options = {"chunk_size": 8, "seq_idx": seq_idx, "initial_states": state, "return_final_states": True}
+    out, final = mamba_chunk_scan_combined(**tensors, **options)
+    assert out.shape == tensors["x"].shape
+    assert torch.equal(final, state)
+
+
 def test_boundaries_must_be_where_the_sequences_change():
     tensors = {name: u[:1] if u.shape[0] == BATCH else u for name, u in chunk_inputs().items()}
     with pytest.raises(ValueError, match=r"cu_seqlens must be where seq_idx changes, \[0, 5, 14, 21\], got \[0, 21\]"):
@@ -339,6 +412,12 @@ def test_split_conv1d_scan_says_what_does_not_fit():
         mamba_split_conv1d_scan_combined(*tensors, normal(4), 8)
     with pytest.raises(ValueError, match=r"must agree on the sizes .* got \(1, 5, 39\), \(20, 4\) and \(4, 3\)"):
         mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8)
+    with pytest.raises(ValueError, match=r"headdim must be that of D \(4, 3\), got 4"):
+        mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, headdim=4)
+    with pytest.raises(ValueError, match="ngroups must be at least 1, got 0"):
+        mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, ngroups=0)
+    with pytest.raises(ValueError, match="outproj_bias must be None where outproj_weight is"):
+        mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, outproj_bias=normal(7))
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -362,6 +441,10 @@ def test_norm_as_a_module():
     assert list(norm.state_dict()) == ["weight"]
     with pytest.raises(ValueError, match="group_size must divide x's 12 features, got 5"):
         rmsnorm_fn(x, norm.weight, None, group_size=5)
+    with pytest.raises(ValueError, match=r"weight must have shape \(12,\), got \(4,\)"):
+        rmsnorm_fn(x, norm.weight[:4], None, group_size=4)
+    with pytest.raises(ValueError, match=r"z must have shape \(2, 5, 12\), got \(5, 12\)"):
+        rmsnorm_fn(x, norm.weight, None, z[0])
 
 
 def test_install():

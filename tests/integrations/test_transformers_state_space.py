@@ -133,6 +133,16 @@ def test_a_prompt_in_chunks(model):
     agree(torch.cat(parts, 1), whole)
 
 
+def test_compiles_into_one_graph(name, model):
+    if name not in ("mamba", "mamba2"):
+        pytest.skip("one of each kind of mixer")
+    ids = tokens(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        agree(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 def test_gradients_through_a_prompt_in_chunks():
     """They stop at the cache, whose states transformers writes in place, and are what they are from there on."""
     register()
@@ -165,12 +175,30 @@ def test_packed_sequences_are_kept_apart():
         torch.testing.assert_close(packed, alone)
 
 
-def test_mamba1_says_that_it_cannot_keep_packed_sequences_apart():
+@pytest.mark.parametrize("name", ["seq_idx", "cu_seq_lens_q"])
+def test_mamba1_says_that_it_cannot_keep_packed_sequences_apart(name):
     register()
     _, config = MODELS["mamba"]
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**config))
-    with pytest.raises(ValueError, match="seq_idx must be None: MambaMixer does not reset"):
-        model.backbone.layers[0].mixer(torch.randn(1, 9, 16), seq_idx=torch.zeros(1, 9, dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"{name} must be None: MambaMixer does not reset"):
+        model.backbone.layers[0].mixer(torch.randn(1, 9, 16), **{name: torch.zeros(1, 9, dtype=torch.int32)})
+
+
+def test_a_hybrid_keeps_packed_sequences_apart_in_all_layers_or_says_why_not():
+    register()
+    _, config = MODELS["bamba"]
+    torch.manual_seed(0)
+    model = transformers.BambaForCausalLM(transformers.BambaConfig(**config)).double().eval()
+    model.set_attn_implementation("onchip")
+    ids, other = tokens(1, 5), tokens(1, 4)
+    lengths = torch.tensor([0, 5, 9], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
+    packed |= {"position_ids": torch.tensor([[*range(5), *range(4)]]), "use_cache": False}
+    together, seq_idx = torch.cat([ids, other], 1), torch.tensor([[0] * 5 + [1] * 4], dtype=torch.int32)
+    alone = torch.cat([model(x, use_cache=False).logits for x in (ids, other)], 1)
+    torch.testing.assert_close(model(together, seq_idx=seq_idx, **packed).logits, alone)
+    with pytest.raises(ValueError, match="seq_idx must be given where cu_seq_lens_q is"):
+        model(together, **packed)
 
 
 def test_registering_again_changes_nothing():

@@ -281,11 +281,13 @@ def test_every_problem_with_a_mambas_tensors_is_listed_in_their_names(tmp_path):
     del tensors["backbone.layers.1.mixer.A_log"]
     tensors["backbone.layers.0.mixer.conv1d.weight"] = torch.zeros(96, 1, 3)
     tensors["backbone.layers.0.mixer.in_proj.bias"] = torch.zeros(1)
+    tensors["backbone.layers.0.mixer.D"] = tensors["backbone.layers.0.mixer.D"].long()
     save_file(tensors, path)
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
     message = str(error.value)
     assert "backbone.layers.0.mixer.conv1d.weight has shape (96, 1, 3) instead of (96, 1, 4)" in message
+    assert "backbone.layers.0.mixer.D has dtype int64 instead of a floating one" in message
     assert "missing: backbone.layers.1.mixer.A_log" in message
     assert "unexpected: backbone.layers.0.mixer.in_proj.bias" in message
 

@@ -34,9 +34,12 @@ def packing(seq_idx: Tensor, rows: int, length: int) -> Packing:
         raise TypeError(f"seq_idx must be an int32 or int64 tensor, got {got}")
     if seq_idx.shape != (rows, length):
         raise ValueError(f"seq_idx must have shape ({rows}, {length}), got {tuple(seq_idx.shape)}")
+    if length == 0:  # each row is one sequence, and empty
+        row = torch.arange(rows, device=seq_idx.device)
+        return Packing(row.new_zeros(rows + 1), row, row)
     begins = torch.ones_like(seq_idx, dtype=torch.bool)
     begins[:, 1:] = seq_idx.diff(dim=1) != 0
     starts = begins.flatten().nonzero()[:, 0]
     first = torch.searchsorted(starts, torch.arange(rows, device=starts.device) * length)
-    last = torch.cat([first[1:], first.new_full((1,), len(starts))]) - 1
+    last = torch.cat([first[1:], first.new_full((min(rows, 1),), len(starts))]) - 1
     return Packing(torch.cat([starts, starts.new_full((1,), rows * length)]), first, last)

@@ -66,8 +66,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Langua
     Raises:
         FileNotFoundError: there is no such folder, or one of its files is missing.
         ValueError: a file is truncated or not what its name says, the config asks for what onchip's model has not (the
-            field is named), or the tensors do not fit the config; the message lists those that are missing, unexpected
-            or of another shape.
+            field is named), or the tensors do not fit the config; the message lists those that are missing, unexpected,
+            of another shape or not of numbers with a fraction.
 
     >>> import tempfile
     >>> config = ModelConfig(vocab_size=9, d_model=8, layers=[{"mixer": "attention", "n_heads": 2}], d_mlp=16)
@@ -174,9 +174,15 @@ def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
+    kinds = [
+        f"{name} has dtype {str(found[name].dtype).removeprefix('torch.')} instead of a floating one"
+        for name in expected
+        if name in found and not found[name].is_floating_point()
+    ]
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     return (
         shapes
+        + kinds
         + [f"missing: {', '.join(sorted(names))}" for names in [missing] if names]
         + [f"unexpected: {', '.join(sorted(names))}" for names in [unexpected] if names]
     )

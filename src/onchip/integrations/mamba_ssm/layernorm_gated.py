@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onchip.nn.norm import rms_norm_gated
+from onchip.ops._sequence import check_tensor
 
 __all__ = ["RMSNorm", "rmsnorm_fn"]
 
@@ -23,7 +24,7 @@ def rmsnorm_fn(
     `x`, `z (..., dim)`; `weight`, `bias (dim,)`. Computed in float32 and rounded once, to x's dtype.
 
     Raises:
-        ValueError: `group_size` does not divide dim.
+        ValueError, TypeError: shapes or dtypes that do not fit; `group_size` does not divide dim.
 
     >>> import torch
     >>> rmsnorm_fn(torch.randn(2, 5, 16), torch.ones(16), None, torch.randn(2, 5, 16), group_size=8).shape
@@ -33,6 +34,9 @@ def rmsnorm_fn(
     group_size = dim if group_size is None else group_size
     if group_size < 1 or dim % group_size:
         raise ValueError(f"group_size must divide x's {dim} features, got {group_size}")
+    for name, u, shape in (("weight", weight, (dim,)), ("bias", bias, (dim,)), ("z", z, tuple(x.shape))):
+        if u is not None or name == "weight":
+            check_tensor(name, u, shape, x, any_float=True)
     groups = dim // group_size
     if bias is None:
         return rms_norm_gated(x, z, weight, n_groups=groups, norm_before_gate=norm_before_gate, eps=eps)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from onchip.integrations.mamba_ssm._arguments import refuse_complex
 from onchip.ops import causal_conv1d, selective_scan
-from onchip.ops._sequence import WithFinalState
+from onchip.ops._sequence import WithFinalState, check_tensor
 
 __all__ = ["mamba_inner_fn", "selective_scan_fn"]
 
@@ -90,10 +90,13 @@ def scan(
 def _time_first(name: str, B: Tensor, u: Tensor) -> Tensor:
     """`(batch, length, groups, d_state)` of what mamba_ssm has in three forms; a view."""
     if B.ndim == 2:
+        check_tensor(name, B, (u.shape[1], "d_state"), u, any_float=True)
         return B.expand(u.shape[0], u.shape[2], *B.shape)
     if B.ndim == 3:
         return B.mT[:, :, None]
     if B.ndim == 4:
+        if B.shape[1] == 0 or u.shape[1] % B.shape[1]:
+            raise ValueError(f"{name}'s groups must divide u's {u.shape[1]} channels, got {B.shape[1]}")
         return B.permute(0, 3, 1, 2)
     raise ValueError(
         f"{name} must be (dim, d_state), (batch, d_state, length) or (batch, groups, d_state, length), "
@@ -134,7 +137,7 @@ def mamba_inner_fn(
         out_proj_weight: `(d_model, dim)`.
         out_proj_bias: `(d_model,)`.
         A, B, C, D, delta_bias, delta_softplus: as of `selective_scan_fn`; B and C by default from the projection.
-        B_proj_bias, C_proj_bias: `(d_state,)`, added to the projected ones.
+        B_proj_bias, C_proj_bias: `(d_state,)`, added to the projected ones; None where these are given.
         checkpoint_lvl: 0 or 1, which of the intermediate results mamba_ssm's backward pass computes again. It changes
             no number; here autograd keeps them.
         b_rms_weight, c_rms_weight, dt_rms_weight: `(d_state,)`, `(d_state,)`, `(dim,)`: RMS norms of B, C and delta,
@@ -145,7 +148,7 @@ def mamba_inner_fn(
         `(batch, length, d_model)`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or a `checkpoint_lvl` that do not fit.
+        ValueError, TypeError: shapes, dtypes, a `checkpoint_lvl` or a bias of a projection that do not fit.
 
     >>> import torch
     >>> xz, conv, A = torch.randn(2, 16, 30), torch.randn(8, 1, 4), -torch.rand(8, 4)
@@ -159,16 +162,29 @@ def mamba_inner_fn(
     x = causal_conv1d(x.mT, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     rank, N = delta_proj_weight.shape[1], A.shape[-1]
     sizes = [rank, *(0 if given is not None else N for given in (B, C))]
+    check_tensor("x_proj_weight", x_proj_weight, (sum(sizes), x.shape[-1]), xz, any_float=True)
     delta, B_x, C_x = torch.split(F.linear(x, x_proj_weight), sizes, dim=-1)
-    delta = _rms(F.linear(delta, delta_proj_weight), dt_rms_weight, b_c_dt_rms_eps)
-    if B is None:
-        B = _rms(B_x if B_proj_bias is None else B_x + B_proj_bias, b_rms_weight, b_c_dt_rms_eps).mT
-    if C is None:
-        C = _rms(C_x if C_proj_bias is None else C_x + C_proj_bias, c_rms_weight, b_c_dt_rms_eps).mT
+    delta = _rms("dt", F.linear(delta, delta_proj_weight), dt_rms_weight, b_c_dt_rms_eps)
+    B = _normed("B", B, B_x, B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
+    C = _normed("C", C, C_x, C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
     y = scan(x.mT, delta.mT, A, B, C, D, z, delta_bias, delta_softplus).out
     bias = None if out_proj_bias is None else out_proj_bias.to(out_proj_weight.dtype)
     return F.linear(y.mT, out_proj_weight, bias)
 
 
-def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x if weight is None else F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+def _normed(
+    name: str, given: Tensor | None, projected: Tensor, bias: Tensor | None, weight: Tensor | None, eps: float
+) -> Tensor:
+    """B or C, `(batch, d_state, length)` where it is projected."""
+    if given is None:
+        given = (projected if bias is None else projected + bias).mT
+    elif bias is not None:
+        raise ValueError(f"{name}_proj_bias must be None where {name} is given: it is added to what is projected")
+    return given if weight is None else _rms(name.lower(), given.mT, weight, eps).mT
+
+
+def _rms(name: str, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    check_tensor(f"{name}_rms_weight", weight, (x.shape[-1],), x, any_float=True)
+    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)

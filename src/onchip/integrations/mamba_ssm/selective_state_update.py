@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from onchip.ops import selective_scan_step, ssd_step
-from onchip.ops._sequence import STATE_DTYPES
+from onchip.ops._sequence import STATE_DTYPES, check_tensor
 
 __all__ = ["selective_state_update"]
 
@@ -36,7 +36,8 @@ def selective_state_update(
         z: as x: the gate.
         dt_bias: `(dim,)`.
         dt_softplus: take the softplus of dt + dt_bias.
-        state_batch_indices: `(batch,)` integers: which row of `state` is whose; none twice.
+        state_batch_indices: `(batch,)` int32 or int64: which row of `state` is whose; none twice. A negative one is
+            padding: its output is zero, and no state is touched.
 
     Returns:
         `(batch, dim)`, or `(batch, heads, dim)`, in x's dtype. Gradients flow where they are recorded, through the
@@ -55,7 +56,8 @@ def selective_state_update(
     >>> bool(state.any())
     True
     """
-    rows = state if state_batch_indices is None else state[state_batch_indices.long()]
+    _check(state, x, dt, A, dt_bias, state_batch_indices)
+    rows = state if state_batch_indices is None else state[state_batch_indices.clamp(min=0)]
     given = (x, rows, dt, A, B, C, D, z, dt_bias)
     recorded = torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in given)
     wide = STATE_DTYPES.get(x.dtype, rows.dtype)
@@ -66,10 +68,31 @@ def selective_state_update(
     step = _mamba2_step if state.ndim == 4 and _one_decay_per_head(dt, A, dt_bias) else _mamba_step
     y, new = step(rows, x, dt, A, B, C, D, z, dt_bias, dt_softplus, in_place=not recorded)
     if state_batch_indices is not None:
-        state[state_batch_indices.long()] = new.to(state.dtype)
+        used = state_batch_indices >= 0
+        state[state_batch_indices[used]] = new[used].to(state.dtype)
+        y = y.masked_fill(~used.view(-1, *[1] * (y.ndim - 1)), 0.0)
     elif new is not state:
         state.copy_(new)
     return y
+
+
+def _check(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, state_batch_indices: Tensor | None
+) -> None:
+    """What is looked at here before the step sees it; the step checks the others."""
+    check_tensor("x", x, ("batch", "dim") if x.ndim == 2 else ("batch", "heads", "dim"), x, any_float=True)
+    rows = x.shape[0] if state_batch_indices is None else "rows"
+    check_tensor("state", state, (rows, *x.shape[1:], "d_state"), x, any_float=True)
+    check_tensor("dt", dt, tuple(x.shape), x, any_float=True)
+    check_tensor("A", A, tuple(state.shape[1:]), x, any_float=True)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, tuple(x.shape[1:]), x, any_float=True)
+    if state_batch_indices is None:
+        return
+    if state_batch_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_batch_indices must be int32 or int64, got {state_batch_indices.dtype}")
+    if state_batch_indices.shape != x.shape[:1]:
+        raise ValueError(f"state_batch_indices must have shape ({x.shape[0]},), got {tuple(state_batch_indices.shape)}")
 
 
 def _mamba2_step(

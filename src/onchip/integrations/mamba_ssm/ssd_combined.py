@@ -10,6 +10,7 @@ from onchip.integrations._packing import Packing, packing
 from onchip.integrations.mamba_ssm.layernorm_gated import rmsnorm_fn
 from onchip.ops import causal_conv1d, ssd
 from onchip.ops.causal_conv1d.checks import Activation
+from onchip.ops.ssd.checks import check_sequence
 
 __all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
 
@@ -71,8 +72,10 @@ def mamba_chunk_scan_combined(
     together = None if seq_idx is None else packing(seq_idx, *x.shape[:2])
     if cu_seqlens is not None or return_varlen_states:
         _check_boundaries(cu_seqlens, together, x)
-    B, C = (u.to(x.dtype) for u in (B, C))
+    B, C = (u.to(x.dtype) if isinstance(u, Tensor) else u for u in (B, C))
     if together is not None:
+        # Now, as rows and tokens become one dimension: 2 rows of 40 and 4 of 20 would be the same then.
+        check_sequence(x, dt, A, B, C, D, z, initial_states, None)
         initial_states = together.initial_states(initial_states)
         x, dt, B, C = (u.flatten(0, 1) for u in (x, dt, B, C))
         z = None if z is None else z.flatten(0, 1)
@@ -165,7 +168,7 @@ def mamba_split_conv1d_scan_combined(
         `(batch, length, d_mlp + dim)`, or `(…, d_out)`; with `return_final_states` also the states, float32.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        ValueError, TypeError: shapes or dtypes that do not fit; `outproj_bias` without `outproj_weight`.
 
     >>> import torch
     >>> zxbcdt, conv, dt_bias = torch.randn(2, 40, 2 * 32 + 2 * 16 + 4), torch.randn(32 + 2 * 16, 4), torch.zeros(4)
@@ -175,6 +178,12 @@ def mamba_split_conv1d_scan_combined(
     heads, P = len(D), D.shape[1] if D.ndim == 2 else headdim
     if P is None:
         raise ValueError("headdim must be given where D has shape (heads,)")
+    if headdim not in (None, P):
+        raise ValueError(f"headdim must be that of D {tuple(D.shape)}, got {headdim}")
+    if ngroups < 1:
+        raise ValueError(f"ngroups must be at least 1, got {ngroups}")
+    if outproj_bias is not None and outproj_weight is None:
+        raise ValueError("outproj_bias must be None where outproj_weight is")
     dim = heads * P
     N = (len(conv1d_weight) - dim) // (2 * ngroups)
     d_mlp = (zxbcdt.shape[-1] - dim - len(conv1d_weight) - heads) // 2

@@ -5,10 +5,10 @@ that is to take its place where that package is installed. Here ours takes it. T
 theirs read a prompt in chunks as if each chunk began with an empty state.
 """
 
-import contextvars
 import functools
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -26,7 +26,14 @@ from onchip.integrations.mamba_ssm.ssd_combined import mamba_chunk_scan_combined
 
 _HOOK, _CLASS_HOOK = "use_kernel_func_from_hub_with_fallback", "use_kernelized_func"
 
-_states: contextvars.ContextVar[Iterator[Tensor] | None] = contextvars.ContextVar("_states", default=None)
+
+class _Carried(threading.local):
+    """The states from which the next scans of this thread begin. (torch.compile reads no context variables.)"""
+
+    states: Iterator[Tensor] | None = None
+
+
+_carried = _Carried()
 
 
 @functools.wraps(selective_scan_fn)
@@ -42,8 +49,7 @@ def _selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    states = _states.get()
-    state = None if states is None else next(states)
+    state = None if _carried.states is None else next(_carried.states)
     out, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     return (out, last) if return_last_state else out
 
@@ -141,6 +147,10 @@ def _through_onchip(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(theirs)
     def through_onchip(*args: Any, **kwargs: Any) -> Any:
+        if "seq_idx" in known and kwargs.get("seq_idx") is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "seq_idx must be given where cu_seq_lens_q is: without it the sequences would share a state"
+            )
         return ours(*args, **{key: value for key, value in kwargs.items() if key in known})
 
     through_onchip.through_onchip = name  # type: ignore[attr-defined]
@@ -157,18 +167,21 @@ def _carry_states(cls: type[nn.Module]) -> None:
 
     @functools.wraps(theirs)
     def forward(self: Any, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("seq_idx") is not None:
-            raise ValueError(f"seq_idx must be None: {cls.__name__} does not reset its state between packed sequences")
+        for name in ("seq_idx", "cu_seq_lens_q"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be None: {cls.__name__} does not reset its state between packed sequences"
+                )
         state = None
         if cache_params is not None and hidden_states.shape[1] > 1:
             state = cache_params.get_recurrent_state(self.layer_idx)
         if state is None:
             return theirs(self, hidden_states, cache_params, *args, **kwargs)
         state = state.clone() if torch.is_grad_enabled() else state  # the cache is written before the backward pass
-        token = _states.set(iter(state.unbind(1) if state.ndim == 4 else (state,)))
+        _carried.states = iter(state.unbind(1) if state.ndim == 4 else (state,))
         try:
             return theirs(self, hidden_states, cache_params, *args, **kwargs)
         finally:
-            _states.reset(token)
+            _carried.states = None
 
     cls.forward = forward
