@@ -1,7 +1,10 @@
-// The steps of decoding, given tensors: a call that fits in every respect runs, and is True; for another nothing is done,
-// and it is False. Python then finds out what it was that did not fit. A model makes dozens of these calls for a token.
+// The steps of decoding, and what is between them, given tensors: a call that fits in every respect runs, and is True;
+// for another nothing is done, and it is False. Python then finds out what it was that did not fit. A model makes dozens
+// of these calls for a token.
 #include "bindings.hpp"
 #include "causal_conv1d/problem.hpp"
+#include "linear/problem.hpp"
+#include "rms_norm/problem.hpp"
 #include "selective_scan/problem.hpp"
 #include "ssd/problem.hpp"
 #include "torch_tensor.hpp"
@@ -10,6 +13,8 @@
 #include <limits>
 
 ONCHIP_KERNELS(causal_conv1d)
+ONCHIP_KERNELS(linear)
+ONCHIP_KERNELS(rms_norm)
 ONCHIP_KERNELS(selective_scan)
 ONCHIP_KERNELS(ssd)
 
@@ -56,6 +61,31 @@ bool try_causal_conv1d_step(nb::handle x_t, nb::handle state, nb::handle weight,
     for (int64_t i = 0; i < batch; ++i) p.sequences.push_back({i, 0, 1, i});
     nb::gil_scoped_release release;
     causal_conv1d::kernels().step(p, rows, width - 1);
+    return true;
+}
+
+bool same_count(const Rows& x, const Rows& y) {
+    return x.sizes[0] == y.sizes[0] && x.sizes[1] == y.sizes[1] && x.sizes[2] == y.sizes[2];
+}
+
+bool try_linear(nb::handle input, nb::handle matrix, nb::handle offset, nb::handle y, int threads) {
+    const Argument x(input), weight(matrix), bias(offset), out(y);
+    const linear::Problem p{x.rows(), weight.as({0, 1}), bias.as({0}), out.rows(), threads};
+    if (!weight.fits({p.out.size, p.x.size}) || !bias.absent_or_fits({p.out.size}) || !same_count(p.x, p.out)) return false;
+    if (p.x.count() > linear::kMaxRows || x.dtype() == DType::float64 || p.weight.strides[1] != 1) return false;
+    if (weight.dtype() != x.dtype() || out.dtype() != x.dtype() || (!bias.absent() && bias.dtype() != x.dtype())) return false;
+    nb::gil_scoped_release release;
+    linear::kernels().product(p);
+    return true;
+}
+
+bool try_rms_norm(nb::handle input, nb::handle gain, double eps, nb::handle y, int threads) {
+    const Argument x(input), weight(gain), out(y);
+    const rms_norm::Problem p{x.rows(), weight.as({0}), eps, out.rows(), threads};
+    if (!weight.fits({p.x.size}) || p.out.size != p.x.size || !same_count(p.x, p.out)) return false;
+    if (weight.dtype() != x.dtype() || out.dtype() != x.dtype()) return false;
+    nb::gil_scoped_release release;
+    rms_norm::kernels().norm(p);
     return true;
 }
 
@@ -141,6 +171,8 @@ void define(nb::module_& m, const char* name, bool (*step)(Arguments...)) {
 void bind_steps(nb::module_& m) {
     m.def("read_tensors_of", read_tensors_of);
     define(m, "try_causal_conv1d_step", try_causal_conv1d_step);
+    define(m, "try_linear", try_linear);
+    define(m, "try_rms_norm", try_rms_norm);
     define(m, "try_selective_scan_step", try_selective_scan_step);
     define(m, "try_ssd_step", try_ssd_step);
 }

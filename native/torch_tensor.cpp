@@ -89,4 +89,15 @@ Tensor Argument::as(std::initializer_list<int> dims) const {
     return x;
 }
 
+Rows Argument::rows() const {
+    Rows x;
+    if (ndim_ < 1) return x;
+    const int before = ndim_ - 1;
+    for (int i = 0; i < 3; ++i) x.sizes[i] = i < 3 - before ? 1 : sizes_[i - 3 + before];
+    x.size = sizes_[before];
+    x.tensor = tensor_;
+    for (int i = 0; i < 4; ++i) x.tensor.strides[i] = i < 3 - before ? 0 : tensor_.strides[i - 3 + before];
+    return x;
+}
+
 }  // namespace onchip

@@ -29,6 +29,8 @@ public:
     DType dtype() const { return tensor_.dtype; }
     // As the kernels take it: `dims` says which of its own dimensions each of theirs is, -1 for none.
     Tensor as(std::initializer_list<int> dims) const;
+    // None where it has no dimension, or is not what it should be.
+    Rows rows() const;
 
 private:
     bool read(nanobind::handle x);

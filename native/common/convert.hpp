@@ -60,6 +60,40 @@ inline void narrow(Half& to, float x) {
     to.bits = uint16_t(bits | sign);
 }
 
+// A vector of T from as many elements of another type.
+template <class T, class S>
+inline Vec<T> load_as(const S* p) {
+    if constexpr (std::is_same_v<T, S>) {
+        return load(p);
+    } else {
+        Vec<T> x;
+        for (int i = 0; i < kLanes<T>; ++i) x[i] = T(widen(p[i]));
+        return x;
+    }
+}
+// One or two instructions, which the compiler does not find by itself.
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return reinterpret_cast<Vec<float>>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, narrow), 16));
+}
+template <>
+inline Vec<float> load_as<float, Half>(const Half* p) {
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif defined(__AVX2__)
+template <>
+inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+}
+template <>
+inline Vec<float> load_as<float, Half>(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#endif
+
 template <class T, class S>
 inline void read_as(T* to, const S* from, int64_t stride, int64_t n) {
     if (stride == 1) {

@@ -28,6 +28,17 @@ struct Tensor {
     }
 };
 
+// A tensor seen as rows along its last dimension, in the order of up to three dimensions before it.
+struct Rows {
+    int64_t sizes[3] = {0, 0, 0};  // of those before
+    int64_t size = 0;              // of the last
+    Tensor tensor;                 // (sizes, size)
+
+    int64_t count() const { return sizes[0] * sizes[1] * sizes[2]; }
+    int64_t stride() const { return tensor.strides[3]; }
+    char* at(int64_t row) const { return tensor.at(row / sizes[2] / sizes[1], row / sizes[2] % sizes[1], row % sizes[2]); }
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

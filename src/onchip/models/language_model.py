@@ -6,12 +6,13 @@ from typing import Any, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onchip.models.config import ModelConfig
-from onchip.nn import MLP, GatedMLP
+from onchip.nn import MLP, GatedMLP, Linear
 from onchip.nn.mixers import State, build_mixer
+from onchip.nn.norm import RMSNorm
 from onchip.nn.rotary import packed_positions
+from onchip.ops import linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ class LanguageModel(nn.Module):
         self.positions = None if config.positions is None else nn.Embedding(config.positions, config.d_model)
         self.layers = nn.ModuleList(_layer(config, i) for i in range(len(config.layers)))
         self.norm = _norm(config)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         for embedding in (self.embedding, self.positions):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.02)
@@ -217,14 +218,14 @@ class LanguageModel(nn.Module):
         return x + cast(Tensor, self.positions(positions))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(_normed(self.norm, x), self.embedding.weight if self.head is None else self.head.weight)
+        return linear(_normed(self.norm, x), self.embedding.weight if self.head is None else self.head.weight)
 
     def _layers(self) -> Sequence[Layer]:
         return cast(Sequence[Layer], self.layers)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 
 

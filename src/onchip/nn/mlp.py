@@ -5,6 +5,8 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onchip.nn.linear import Linear
+
 
 class GatedMLP(nn.Module):
     """SwiGLU: `down(silu(gate(x)) · up(x))`.
@@ -21,8 +23,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=bias)
-        self.out = nn.Linear(d_hidden, d_model, bias=bias)
+        self.gate_up = Linear(d_model, 2 * d_hidden, bias=bias)
+        self.out = Linear(d_hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d_model)` to `(..., d_model)`."""
@@ -44,8 +46,8 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, d_hidden, bias=bias)
-        self.out = nn.Linear(d_hidden, d_model, bias=bias)
+        self.up = Linear(d_model, d_hidden, bias=bias)
+        self.out = Linear(d_hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d_model)` to `(..., d_model)`."""

@@ -1,8 +1,27 @@
 """Norms that are more than a module of PyTorch's."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from onchip.ops import rms_norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's root-mean-square norm over the last dimension, with a weight and a given eps; see `onchip.rms_norm`.
+
+    >>> RMSNorm(8, eps=1e-5)(torch.randn(3, 8)).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(self, d: int, *, eps: float = 1e-5) -> None:
+        super().__init__(d, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d)` to `(..., d)`."""
+        return rms_norm(x, self.weight, cast(float, self.eps))
 
 
 def rms_norm_gated(
@@ -14,6 +33,8 @@ def rms_norm_gated(
     >>> rms_norm_gated(x, z, torch.ones(16), n_groups=2).shape
     torch.Size([2, 5, 16])
     """
+    if z is None and n_groups == 1 and weight.dtype == x.dtype:
+        return rms_norm(x, weight, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y, gate = x.to(dtype), None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:

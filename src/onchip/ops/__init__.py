@@ -7,7 +7,9 @@ from onchip.ops.attention_fp8 import attention_fp8, attention_fp8_with_lse
 from onchip.ops.attention_with_cache import attention_with_cache, attention_with_cache_and_lse
 from onchip.ops.causal_conv1d import causal_conv1d, causal_conv1d_matrix, causal_conv1d_step
 from onchip.ops.hadamard import hadamard
+from onchip.ops.linear import linear
 from onchip.ops.merge_attention import merge_attention
+from onchip.ops.rms_norm import rms_norm
 from onchip.ops.selective_scan import selective_scan, selective_scan_matrix, selective_scan_step
 from onchip.ops.ssd import ssd, ssd_matrix, ssd_step
 
@@ -24,7 +26,9 @@ __all__ = [
     "causal_conv1d_step",
     "explain",
     "hadamard",
+    "linear",
     "merge_attention",
+    "rms_norm",
     "selective_scan",
     "selective_scan_matrix",
     "selective_scan_step",

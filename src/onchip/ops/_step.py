@@ -21,16 +21,22 @@ _there = _native.missing is None and kernels.read_tensors_of(Tensor, torch.nn.Pa
 def direct(backend: str | None, *tensors: Tensor | None) -> bool:
     """Whether a step may go the short way: nothing traces, transforms or differentiates it, and no mode watches.
 
-    The first two, x_t and the state, are then plain tensors.
+    The first two, such as x_t and the state, are then plain tensors.
     """
     return (
         _there
         and (backend is None or backend == "cpu")
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and type(tensors[0]) is type(tensors[1]) is Tensor
         and not differentiated(*tensors)
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def in_place_of_pytorchs(x: Tensor, *more: Tensor | None) -> bool:
+    """Whether the short way may stand in for a function of PyTorch's, which autocast changes, too."""
+    return direct(None, x, x, *more) and not torch.is_autocast_enabled("cpu")
 
 
 def differentiated(*tensors: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from onchip.nn.linear import Linear
 from onchip.nn.mixers.base import Mixer, State
 from onchip.nn.rotary import RotaryScaling, packed_positions, rotary_table, rotate
 from onchip.ops import attention, attention_with_cache
@@ -213,8 +214,8 @@ class Attention(Mixer[AttentionState]):
         self.causal = self.window[1] == 0
         scaling = None if rope_scaling is None else RotaryScaling.of(rope_scaling)
         self.rotary = None if rope_base is None else rotary_table(self.head_dim, rope_base, scaling)
-        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=bool(bias))
-        self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias is True)
+        self.qkv = Linear(d_model, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=bool(bias))
+        self.out = Linear(n_heads * self.head_dim, d_model, bias=bias is True)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
 
     def initial_state(self, batch: int) -> AttentionState:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onchip.nn.linear import Linear
 from onchip.nn.mixers.base import Mixer, S, State
 from onchip.nn.state_space import System, causal_convolution
 from onchip.ops._sequence import STATE_DTYPES, check_boundaries, sequences
@@ -29,7 +30,7 @@ class Filters(Mixer[S]):
         super().__init__()
         self.d_model = d_model
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def apply_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
         """`mixer(x)` with `matrix (B, d_model, T, T)` in place of the filters."""

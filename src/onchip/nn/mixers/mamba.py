@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from onchip.nn.conv import CausalConv1d
+from onchip.nn.linear import Linear
 from onchip.nn.mixers.selective import Selected, Selective, initial_dt_bias
 from onchip.ops import selective_scan, selective_scan_matrix, selective_scan_step
 
@@ -87,14 +88,14 @@ class Mamba(Selective):
         self.d_model, self.d_state, self.dt_rank = d_model, d_state, rank
         self.state_shape = (d_inner, d_state)
         self.scan, self.scan_step, self.scan_matrix = selective_scan, selective_scan_step, selective_scan_matrix
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
+        self.in_proj = Linear(d_model, 2 * d_inner, bias=bias)
         self.conv = CausalConv1d(d_inner, d_conv, bias=conv_bias, activation="silu")
-        self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, d_inner, bias=False)
+        self.x_proj = Linear(d_inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(rank, d_inner, bias=False)
         self.dt_bias = nn.Parameter(initial_dt_bias(d_inner, dt_min, dt_max, dt_init_floor))
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out = nn.Linear(d_inner, d_model, bias=bias)
+        self.out = Linear(d_inner, d_model, bias=bias)
         bound = dt_scale / math.sqrt(rank)
         nn.init.uniform_(self.dt_proj.weight, bound if dt_init == "constant" else -bound, bound)
 

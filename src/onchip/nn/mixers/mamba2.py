@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onchip.nn.conv import CausalConv1d
+from onchip.nn.linear import Linear
 from onchip.nn.mixers.selective import Selected, Selective, initial_dt_bias
 from onchip.nn.norm import RMSNormGated
 from onchip.ops import ssd, ssd_matrix, ssd_step
@@ -107,23 +108,23 @@ class Mamba2(Selective):
         self.scan, self.scan_step, self.scan_matrix = partial(ssd, chunk_size=chunk_size), ssd_step, ssd_matrix
         self._conv_sizes = [d_inner, n_groups * d_state, n_groups * d_state]
         self._sizes = [d_inner, sum(self._conv_sizes), n_heads]
-        self.in_proj = nn.Linear(d_model, sum(self._sizes), bias=bias)
+        self.in_proj = Linear(d_model, sum(self._sizes), bias=bias)
         self.conv = CausalConv1d(sum(self._conv_sizes), d_conv, bias=conv_bias, activation="silu")
         self.dt_bias = nn.Parameter(initial_dt_bias(n_heads, dt_min, dt_max, dt_init_floor))
         self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(n_heads))
         self.norm = RMSNormGated(d_inner, n_groups=n_groups, norm_before_gate=norm_before_gate, eps=norm_eps)
-        self.out = nn.Linear(d_inner, d_model, bias=bias)
+        self.out = Linear(d_inner, d_model, bias=bias)
 
     def _step_options(self) -> dict[str, Any]:
         return {**super()._step_options(), "dt_limit": self.dt_limit}
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        z, inputs, dt = self.in_proj(x).split(self._sizes, dim=-1)
+        z, inputs, dt = self.in_proj(x).split_with_sizes(self._sizes, -1)
         return inputs, (z, dt)
 
     def _select(self, inputs: Tensor, past: tuple[Tensor, ...]) -> Selected:
-        u, B, C = torch.split(inputs, self._conv_sizes, dim=-1)
+        u, B, C = inputs.split_with_sizes(self._conv_sizes, -1)
         z, dt = past
         shape = inputs.shape[:-1]
         heads, groups = (*shape, self.n_heads, self.head_dim), (*shape, self.n_groups, self.d_state)

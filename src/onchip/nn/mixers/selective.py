@@ -134,7 +134,8 @@ class Selective(Mixer[MambaState]):
 
     def _rates(self) -> Tensor:
         """A, which is negative: every state decays."""
-        return -self.A_log.to(STATE_DTYPES[self.A_log.dtype]).exp()
+        logarithms = self.A_log
+        return -logarithms.to(STATE_DTYPES[logarithms.dtype]).exp()
 
 
 def initial_dt_bias(n: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
