@@ -99,7 +99,7 @@ private:
         std::fill_n(dB_, round_up(length * COUNT, L) * L, T(0));
         std::fill_n(dC_, round_up(length * COUNT, L) * L, T(0));
         for (int64_t j = 0; j < block.lanes<T>(); j += L) {
-            recompute<COUNT>(n, j, length);
+            chunk_.within(j) ? recompute<COUNT, true>(n, j, length) : recompute<COUNT, false>(n, j, length);
             if (p_.z) {
                 backwards<COUNT, true>(n, j, length);
             } else {
@@ -111,7 +111,7 @@ private:
     }
 
     // exp(δ A), and that times the state before.
-    template <int COUNT>
+    template <int COUNT, bool WITHIN>
     void recompute(int64_t n, int64_t j, int64_t length) {
         Vec<T> A[COUNT], h[COUNT];
 #pragma GCC unroll 4
@@ -125,7 +125,7 @@ private:
             const Vec<T> dt = load(chunk_.dt + at), u = load(chunk_.u + at);
 #pragma GCC unroll 4
             for (int i = 0; i < COUNT; ++i, decay += L, decayed += L) {
-                const Vec<T> a = exp2_any<T>(dt * A[i]);
+                const Vec<T> a = decay_of<T, WITHIN>(dt * A[i]);
                 const Vec<T> ah = a * h[i];
                 store(decay, a);
                 store(decayed, ah);
