@@ -14,6 +14,34 @@ inline Vec<T> exp2_any(Vec<T> x) {
     return exp2(at_most(broadcast(T(sizeof(T) == 4 ? 128 : 1024)), x));
 }
 
+// 2^x for |x| ≤ kExp2Reach; for other x anything at all. Relative error about one ulp.
+template <class T>
+constexpr T kExp2Reach = sizeof(T) == 4 ? 120 : 1000;
+template <class T>
+inline Vec<T> exp2_within(Vec<T> x) {
+    return exp2(x);
+}
+#if defined(__AVX2__)
+// x = m/8 + f with an integer m and |f| ≤ 1/16: a table for 2^(m/8) and a cubic for 2^f, whose even error has mean zero.
+// Adding 1.5·2^20 leaves m in the low bits of the sum. Moved to the exponent's place, its last three bits fall on top of
+// the mantissa; the table has them taken away beforehand.
+template <>
+inline Vec<float> exp2_within<float>(Vec<float> x) {
+    using Bits = VecOf<float>::bits;
+    static constexpr int32_t kEighths[] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
+                                           0x3f7744fd, 0x3f7ac0c7, 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                           0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    const Vec<float> shifted = x + 1572864.0f;
+    const Vec<float> f = x - (shifted - 1572864.0f);
+    const Bits m = reinterpret_cast<Bits>(shifted);
+    const Vec<float> scale = reinterpret_cast<Vec<float>>(look_up(kEighths, m) + (m << 20));
+    Vec<float> p = broadcast(5.550312e-2f);
+    p = p * f + 2.4025178e-1f;
+    p = p * f + 6.9314720e-1f;
+    return scale + scale * f * p;
+}
+#endif
+
 // e^-|x|.
 template <class T>
 inline Vec<T> exp_minus_size(Vec<T> x) {

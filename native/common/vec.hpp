@@ -146,6 +146,37 @@ inline V at_most(V bound, V x) {
 }
 #endif
 
+template <int W, class T, int... I>
+inline void transpose_level(Vec<T>* x, std::integer_sequence<int, I...> lanes) {
+    constexpr int L = kLanes<T>;
+    for (int i = 0; i < L; ++i) {
+        if (i & W) continue;
+        const Vec<T> a = x[i], b = x[i + W];
+        x[i] = shuffle(a, b, std::integer_sequence<int, (I & W ? L + (I ^ W) : I)...>{});
+        x[i + W] = shuffle(a, b, std::integer_sequence<int, (I & W ? L + I : I ^ W)...>{});
+    }
+    if constexpr (W > 1) transpose_level<W / 2, T>(x, lanes);
+}
+
+// Lane j of vector i and lane i of vector j change places, in kLanes vectors.
+template <class T>
+inline void transpose(Vec<T>* x) {
+    transpose_level<kLanes<T> / 2, T>(x, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+#if defined(__AVX512F__)
+// table[index], of which only the lowest bits that tell a register's lanes apart are looked at.
+inline VecOf<float>::bits look_up(const int32_t* table, VecOf<float>::bits index) {
+    return reinterpret_cast<VecOf<float>::bits>(
+        _mm512_maskz_permutexvar_epi32(0xffff, reinterpret_cast<__m512i>(index), _mm512_loadu_si512(table)));
+}
+#elif defined(__AVX2__)
+inline VecOf<float>::bits look_up(const int32_t* table, VecOf<float>::bits index) {
+    return reinterpret_cast<VecOf<float>::bits>(_mm256_permutevar8x32_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)), reinterpret_cast<__m256i>(index)));
+}
+#endif
+
 // Keeps `a` where `b` is NaN; the NaN then shows in the exponential.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {

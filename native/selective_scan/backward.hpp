@@ -99,7 +99,7 @@ private:
         std::fill_n(dB_, round_up(length * COUNT, L) * L, T(0));
         std::fill_n(dC_, round_up(length * COUNT, L) * L, T(0));
         for (int64_t j = 0; j < block.lanes<T>(); j += L) {
-            recompute<COUNT>(n, j, length);
+            chunk_.within(j) ? recompute<COUNT, true>(n, j, length) : recompute<COUNT, false>(n, j, length);
             if (p_.z) {
                 backwards<COUNT, true>(n, j, length);
             } else {
@@ -111,7 +111,7 @@ private:
     }
 
     // exp(δ A), and that times the state before.
-    template <int COUNT>
+    template <int COUNT, bool WITHIN>
     void recompute(int64_t n, int64_t j, int64_t length) {
         Vec<T> A[COUNT], h[COUNT];
 #pragma GCC unroll 4
@@ -125,7 +125,7 @@ private:
             const Vec<T> dt = load(chunk_.dt + at), u = load(chunk_.u + at);
 #pragma GCC unroll 4
             for (int i = 0; i < COUNT; ++i, decay += L, decayed += L) {
-                const Vec<T> a = exp2_any<T>(dt * A[i]);
+                const Vec<T> a = decay_of<T, WITHIN>(dt * A[i]);
                 const Vec<T> ah = a * h[i];
                 store(decay, a);
                 store(decayed, ah);
@@ -143,29 +143,34 @@ private:
             carry[i] = load(carry_ + (n + i) * W + j);
             dA[i] = Vec<T>{};
         }
+        // In variables of their own: a store might change the members, as far as the compiler can know.
+        const T *const all_dy = dy_ + j, *const all_u = chunk_.u + j, *const all_dt = chunk_.dt + j;
+        const T *const all_B = chunk_.B + n, *const all_C = chunk_.C + n, *const decay = decay_, *const decayed = decayed_;
+        T *const all_to_u = to_u_ + j, *const all_to_decay = to_decay_ + j, *const all_y = y_ + j;
+        T *const all_dB = dB_, *const all_dC = dC_;
+        const int64_t states = p_.states;
         for (int64_t t = length - 1; t >= 0; --t) {
-            const int64_t at = t * W + j;
-            const T *B = chunk_.B + t * p_.states + n, *C = chunk_.C + t * p_.states + n;
-            T *dB = dB_ + t * COUNT * L, *dC = dC_ + t * COUNT * L;
-            const Vec<T> dy = load(dy_ + at), u = load(chunk_.u + at), dt = load(chunk_.dt + at);
-            Vec<T> to_u = load(to_u_ + at), to_decay = load(to_decay_ + at), y{};
+            const T *const B = all_B + t * states, *const C = all_C + t * states;
+            const Vec<T> dy = load(all_dy + t * W), u = load(all_u + t * W), dt = load(all_dt + t * W);
+            Vec<T> to_u = load(all_to_u + t * W), to_decay = load(all_to_decay + t * W), y{};
 #pragma GCC unroll 4
             for (int i = 0; i < COUNT; ++i) {
-                const Vec<T> ah = load(decayed_ + (t * COUNT + i) * L);
+                const int64_t at = (t * COUNT + i) * L;
+                const Vec<T> ah = load(decayed + at);
                 const Vec<T> h = ah + u * B[i];
                 const Vec<T> g = carry[i] + dy * C[i];
                 if (GATED) y += h * C[i];
-                store(dC + i * L, load(dC + i * L) + dy * h);
-                store(dB + i * L, load(dB + i * L) + g * u);
+                store(all_dC + at, load(all_dC + at) + dy * h);
+                store(all_dB + at, load(all_dB + at) + g * u);
                 to_u += g * B[i];
                 const Vec<T> exponent = g * ah;
                 to_decay += exponent * A[i];
                 dA[i] += exponent * dt;
-                carry[i] = load(decay_ + (t * COUNT + i) * L) * g;
+                carry[i] = load(decay + at) * g;
             }
-            store(to_u_ + at, to_u);
-            store(to_decay_ + at, to_decay);
-            if (GATED) store(y_ + at, load(y_ + at) + y);
+            store(all_to_u + t * W, to_u);
+            store(all_to_decay + t * W, to_decay);
+            if (GATED) store(all_y + t * W, load(all_y + t * W) + y);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < COUNT; ++i) {

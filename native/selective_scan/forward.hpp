@@ -46,18 +46,21 @@ private:
         const int64_t lanes = block.lanes<T>();
         for (int64_t i = 0; i < length * W; i += W)
             for (int64_t j = 0; j < lanes; j += kLanes<T>) store(y_ + i + j, load(chunk_.D + j) * load(chunk_.x + i + j));
-        for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-            int64_t n = 0;
-            for (; n + kTile <= p_.states; n += kTile) recur<kTile>(n, j, length);
-            for (; n < p_.states; ++n) recur<1>(n, j, length);
-        }
+        for (int64_t j = 0; j < lanes; j += kLanes<T>) chunk_.within(j) ? recur<true>(j, length) : recur<false>(j, length);
         if (p_.z) gate(s, block, t, length);
         chunk_.write_channels(p_.out, y_, s, block, t, length);
     }
 
+    template <bool WITHIN>
+    void recur(int64_t j, int64_t length) {
+        int64_t n = 0;
+        for (; n + kTile <= p_.states; n += kTile) some_states<kTile, WITHIN>(n, j, length);
+        for (; n < p_.states; ++n) some_states<1, WITHIN>(n, j, length);
+    }
+
     // COUNT states of the vector of channels at j, through the chunk.
-    template <int COUNT>
-    void recur(int64_t n, int64_t j, int64_t length) {
+    template <int COUNT, bool WITHIN>
+    void some_states(int64_t n, int64_t j, int64_t length) {
         Vec<T> A[COUNT], h[COUNT];
 #pragma GCC unroll 4
         for (int i = 0; i < COUNT; ++i) {
@@ -70,7 +73,7 @@ private:
             Vec<T> y = load(y_ + at);
 #pragma GCC unroll 4
             for (int i = 0; i < COUNT; ++i) {
-                h[i] = exp2_any<T>(dt * A[i]) * h[i] + u * B[i];
+                h[i] = decay_of<T, WITHIN>(dt * A[i]) * h[i] + u * B[i];
                 y += h[i] * C[i];
             }
             store(y_ + at, y);

@@ -89,13 +89,24 @@ void read_rows(T* tile, int64_t width, const Source& from, int64_t rows, int64_t
     }
 }
 
-// tile[rows × columns], `width` apart. Memory is read along the smaller stride; `line` has room for max(rows, columns).
+// tile[rows × columns], `width` apart. Memory is read along the smaller stride; `lines` has room for a vector's worth of
+// max(rows, columns).
 template <class T>
-void read_tile(T* tile, int64_t width, const Source& from, int64_t rows, int64_t columns, T* line) {
+void read_tile(T* tile, int64_t width, const Source& from, int64_t rows, int64_t columns, T* lines) {
+    constexpr int64_t L = kLanes<T>;
     if (by_rows(from)) return read_rows(tile, width, from, rows, columns);
-    for (int64_t c = 0; c < columns; ++c) {
-        read_row(line, at(from, 0, c), from.dtype, from.row, rows);
-        for (int64_t r = 0; r < rows; ++r) tile[r * width + c] = line[r];
+    for (int64_t c = 0; c < columns; c += L) {
+        const int64_t count = std::min(L, columns - c);
+        for (int64_t i = 0; i < count; ++i) read_row(lines + i * rows, at(from, 0, c + i), from.dtype, from.row, rows);
+        int64_t r = 0;
+        for (; count == L && r + L <= rows; r += L) {
+            Vec<T> square[L];
+            for (int64_t i = 0; i < L; ++i) square[i] = load(lines + i * rows + r);
+            transpose<T>(square);
+            for (int64_t i = 0; i < L; ++i) store(tile + (r + i) * width + c, square[i]);
+        }
+        for (; r < rows; ++r)
+            for (int64_t i = 0; i < count; ++i) tile[r * width + c + i] = lines[i * rows + r];
     }
 }
 

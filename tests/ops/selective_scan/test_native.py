@@ -142,6 +142,17 @@ def test_decays_of_any_size(backend, dtype):
     torch.testing.assert_close(got["final_state"], want["final_state"])
 
 
+@pytest.mark.parametrize("largest", [1.0, 83.0, 87.0])  # beyond 83.1 another way is taken, for 8 or 16 channels at once
+def test_one_decay_is_an_exponential(backend, largest):
+    exponents = torch.linspace(-largest, largest, 4096)
+    one, none = torch.ones(1, 4096, 1), torch.zeros(1, 1, 1, 1)
+    A = -torch.ones(4096, 1)
+    call = {"initial_state": one, "return_final_state": True, "backend": backend}
+    got = onchip.selective_scan(torch.zeros(1, 1, 4096), -exponents.view(1, 1, -1), A, none, none, **call)[1].flatten()
+    error = (got.double() / exponents.double().exp() - 1).abs()
+    assert (error <= torch.finfo(torch.float32).eps * (1.5 + exponents.abs())).all()
+
+
 @pytest.mark.skipif(_native.missing is not None, reason=str(_native.missing))
 def test_threads_change_no_bits():
     call = case(batch=2, time=300, channels=150, groups=1, states=16).to(torch.float32)
