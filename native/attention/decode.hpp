@@ -42,26 +42,6 @@ inline bool streams(const Problem& p, const Sequence& s) {
            p.value_dim * (p.double_precision() ? 2 : 1) % (kVectorBytes / 2) == 0;
 }
 
-// A vector of T from as many elements of another type.
-template <class T, class S>
-inline Vec<T> load_as(const S* p) {
-    if constexpr (std::is_same_v<T, S>) {
-        return load(p);
-    } else {
-        Vec<T> x;
-        for (int i = 0; i < kLanes<T>; ++i) x[i] = T(widen(p[i]));
-        return x;
-    }
-}
-#if defined(__AVX2__) && !defined(__AVX512F__)
-template <>
-inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
-    typedef uint16_t Narrow __attribute__((vector_size(16), aligned(2), may_alias));
-    typedef uint32_t Wide __attribute__((vector_size(32)));
-    return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Wide) << 16);
-}
-#endif
-
 struct StreamUnit {
     int64_t sequence;
     Range heads, keys;

@@ -1,4 +1,4 @@
-// Rows of any element type and stride, to and from the type of the arithmetic (float or double).
+// Vectors and rows of any element type, rows of any stride too, to and from the type of the arithmetic (float or double).
 #pragma once
 
 #include <cmath>
@@ -59,6 +59,50 @@ inline void narrow(Half& to, float x) {
     }
     to.bits = uint16_t(bits | sign);
 }
+
+// A vector of T from as many elements of another type, and back.
+template <class T, class S>
+inline Vec<T> load_as(const S* p) {
+    if constexpr (std::is_same_v<T, S>) {
+        return load(p);
+    } else {
+        Vec<T> x;
+        for (int i = 0; i < kLanes<T>; ++i) x[i] = T(widen(p[i]));
+        return x;
+    }
+}
+template <class T, class S>
+inline void store_as(S* p, Vec<T> x) {
+    if constexpr (std::is_same_v<T, S>) {
+        store(p, x);
+    } else {
+        for (int i = 0; i < kLanes<T>; ++i) narrow(p[i], x[i]);
+    }
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of which the compiler makes a number at a time.
+template <>
+inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+template <>
+inline void store_as<float, BFloat16>(BFloat16* p, Vec<float> x) {
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    const Bits bits = reinterpret_cast<Bits>(x);
+    const Bits rounded = x != x ? Bits{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(rounded), __m256i{});
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0b1000)));
+}
+template <>
+inline Vec<float> load_as<float, Half>(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <>
+inline void store_as<float, Half>(Half* p, Vec<float> x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
 template <class T, class S>
 inline void read_as(T* to, const S* from, int64_t stride, int64_t n) {

@@ -52,7 +52,7 @@ def backward(
 
 def step(x_t: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """A step's output; `state`, of at least W - 1 rows, is moved on in place."""
-    out, x = torch.empty_like(x_t), x_t[:, None]
+    out, x = x_t.new_empty(x_t.shape), x_t[:, None]
     sizes = (x.shape[0], 1, *weight.shape, silu, False, torch.get_num_threads())
     _native.kernels.causal_conv1d_step(
         sizes, _tensors(x, weight, bias, None, out[:, None]), describe(state), state.shape[1]
