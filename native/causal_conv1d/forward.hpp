@@ -84,7 +84,8 @@ protected:
     }
 
     static int64_t pitch(const causal_conv1d::Problem& p) {
-        return Time ? 1 : round_up(std::min(p.channels, kMostChannels), kLanes<T>);
+        // With a cache line between rows, which would otherwise share the cache's sets.
+        return Time ? 1 : round_up(std::min(p.channels, kMostChannels), kLanes<T>) + 64 / sizeof(T);
     }
 
 private:

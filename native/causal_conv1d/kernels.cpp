@@ -15,7 +15,7 @@ namespace {
 using causal_conv1d::Gradients;
 using causal_conv1d::Problem;
 
-constexpr int64_t kElementsPerThread = 1 << 15;  // a thread is woken in about the time that this many take
+constexpr int64_t kElementsPerThread = 1 << 16;  // a thread is woken in about the time that this many take
 constexpr int64_t kGroupRows = 128, kGroupTimes = 2048;
 constexpr int64_t kUnitChannels = 16;  // of contiguous time
 

@@ -5,6 +5,8 @@
 // time, a stretch is of one channel, and its step is 1. The convolution is the same code.
 #pragma once
 
+#include <algorithm>
+
 #include "common/activations.hpp"
 #include "common/convert.hpp"
 #include "problem.hpp"
@@ -42,20 +44,16 @@ struct Lanes {
     }
 };
 
-// Calls each(n vectors, channel, lanes) for the vectors of `rows` rows of `channels` channels, several at a time where they
-// follow each other in time: they share inputs and taps. `n` is a constant.
+// Calls each(n, time, channel, lanes) for the vectors of `rows` rows of `channels` channels: n of them, a constant, follow
+// each other in time. Where that is several, they share inputs and taps.
 template <class T, bool Time, class Each>
 inline void for_vectors(int64_t rows, int64_t channels, const Each& each) {
-    constexpr int64_t kTimes = Time ? kLanes<T> : 1;
+    constexpr int64_t kWhole = kLanes<T>, kTimes = Time ? kWhole : 1;
     const auto across = [&](auto n, int64_t t) {
-        for (int64_t c = 0; c < channels; c += Time ? 1 : kLanes<T>) {
-            const int64_t lanes = std::min<int64_t>(Time ? rows - t : channels - c, kLanes<T>);
-            if (lanes == kLanes<T>) {
-                each(n, t, c, Lanes<T, true>{lanes});
-            } else {
-                each(n, t, c, Lanes<T, false>{lanes});
-            }
-        }
+        const int64_t lanes = Time ? std::min(rows - t, kWhole) : channels;
+        int64_t c = 0;
+        for (; c + kWhole <= lanes; c += kWhole) each(n, t, c, Lanes<T, true>{kWhole});
+        if (c < lanes) each(n, t, c, Lanes<T, false>{lanes - c});
     };
     constexpr std::integral_constant<int, 4> kSeveral;
     int64_t t = 0;
