@@ -9,11 +9,11 @@
 
 namespace onchip::ONCHIP_ISA {
 
-template <class T, class S, bool Time, int Width>
-class Backward : Forward<T, S, Time, Width> {
-    using Base = Forward<T, S, Time, Width>;
+template <class T, class S, bool Time>
+class Backward : Forward<T, S, Time> {
+    using Base = Forward<T, S, Time>;
     using typename Base::Span;
-    using Base::copy_, Base::count_, Base::first_, Base::history, Base::kTimes, Base::p_, Base::pitch_, Base::width;
+    using Base::copy_, Base::count_, Base::first_, Base::history_, Base::kTimes, Base::p_, Base::pitch_, Base::width_;
 
 public:
     using Base::kMostChannels;
@@ -29,7 +29,7 @@ public:
     void run(const std::vector<Piece>& pieces, int64_t group, int64_t first, int64_t end) {
         for (int64_t c = first; c < end; c += kMostChannels) {
             this->enter(c, std::min(kMostChannels, end - c));
-            std::fill_n(sum_, (width() + 1) * lanes(p_), T(0));
+            std::fill_n(sum_, (width_ + 1) * lanes(p_), T(0));
             for (const Piece& piece : pieces) differentiate(piece);
             keep_sums(group);
         }
@@ -43,20 +43,20 @@ private:
     static int64_t lanes(const causal_conv1d::Problem& p) { return Time ? kLanes<T> : Base::pitch(p); }
 
     void differentiate(const Piece& piece) {
-        std::fill_n(g_.data, history() * g_.step(), T(0));
-        for (int64_t t = piece.begin, rows; t < piece.end + history(); t += rows) {
+        std::fill_n(g_.data, history_ * g_.step(), T(0));
+        for (int64_t t = piece.begin, rows; t < piece.end + history_; t += rows) {
             const bool own = t < piece.end;
-            rows = std::min((own ? piece.end : piece.end + history()) - t, kRows);
+            rows = std::min((own ? piece.end : piece.end + history_) - t, kRows);
             before_activation(piece, t, rows, own);
             to_inputs(piece, t, rows);
-            std::memmove(g_.data, g_.at(rows, 0), history() * g_.step() * sizeof(T));
+            std::memmove(g_.data, g_.at(rows, 0), history_ * g_.step() * sizeof(T));
         }
     }
 
     // g of these rows, and zero in those beyond the sequence. Sums are of a piece's own rows.
     void before_activation(const Piece& piece, int64_t t, int64_t rows, bool own) {
         const int64_t there = std::clamp<int64_t>(piece.sequence->length - t, 0, rows);
-        const Rows<T, Time> to = g_.from(history());
+        const Rows<T, Time> to = g_.from(history_);
         for (int64_t done = 0, next; done < there; done += next) {
             next = there - done;
             const Span x = this->inputs(piece, t + done, next), out = this->span(gradients_.out, piece, t + done);
@@ -78,21 +78,21 @@ private:
     // To the sum of each tap, and to the bias's behind them. Lanes that are not there are zero.
     template <int N, class Present>
     void accumulate(const Vec<T> (&g)[N], const Span& x, int64_t c, Present lanes) {
-        for (int64_t w = 0; w < width(); ++w) {
+        for (int64_t w = 0; w < width_; ++w) {
             Vec<T> total = load(sum(w, c));
             for (int n = 0; n < N; ++n) total += g[n] * lanes.load(x.at(n * kTimes + w, c));
             store(sum(w, c), total);
         }
-        Vec<T> total = load(sum(width(), c));
+        Vec<T> total = load(sum(width_, c));
         for (int n = 0; n < N; ++n) total += g[n];
-        store(sum(width(), c), total);
+        store(sum(width_, c), total);
     }
     T* sum(int64_t w, int64_t c) const { return sum_ + w * lanes(p_) + c; }
 
     // The gradients of the rows that lie W - 1 before these to where they belong. Those before the piece, unless it is its
     // sequence's first, are another unit's.
     void to_inputs(const Piece& piece, int64_t t, int64_t rows) const {
-        const int64_t first = t - history(), before = std::clamp<int64_t>(piece.begin - first, 0, rows);
+        const int64_t first = t - history_, before = std::clamp<int64_t>(piece.begin - first, 0, rows);
         if (piece.first() && gradients_.state && before > 0) {
             const Span copy{copy_, pitch_};
             correlate(g_, copy, before);
@@ -105,9 +105,9 @@ private:
     void correlate(const Rows<T, Time>& g, const Span& to, int64_t rows) const {
         for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) {
             Vec<T> y[together]{};
-            for (int64_t w = 0; w < width(); ++w)
+            for (int64_t w = 0; w < width_; ++w)
                 for (int n = 0; n < together; ++n)
-                    y[n] += this->tap(w, c) * load(g.at(i + n * kTimes + history() - w, c));
+                    y[n] += this->tap(w, c) * load(g.at(i + n * kTimes + history_ - w, c));
             for (int n = 0; n < together; ++n) lanes.store(to.at(i + n * kTimes, c), y[n]);
         });
     }
@@ -120,8 +120,8 @@ private:
     }
 
     void keep_sums(int64_t group) const {
-        for (int64_t w = 0; w <= width(); ++w) {
-            T* const to = sums_ + (group * (width() + 1) + w) * p_.channels + first_;
+        for (int64_t w = 0; w <= width_; ++w) {
+            T* const to = sums_ + (group * (width_ + 1) + w) * p_.channels + first_;
             const T* const from = sum(w, 0);
             if constexpr (Time) {
                 *to = 0;

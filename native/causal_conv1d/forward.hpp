@@ -10,8 +10,8 @@
 
 namespace onchip::ONCHIP_ISA {
 
-// `Width` is the filter's, or 0 where that is not known before the call.
-template <class T, class S, bool Time, int Width>
+// Taps are read anew for every few vectors: a width that is known before the call gains nothing.
+template <class T, class S, bool Time>
 class Forward {
 public:
     static constexpr int64_t kMostChannels = Time ? 1 : 2048 / sizeof(T);  // of a block
@@ -19,7 +19,8 @@ public:
     using Span = Rows<S, Time>;
 
     Forward(const causal_conv1d::Problem& p, Scratch& scratch)
-        : p_(p), pitch_(pitch(p)), taps_(scratch.take<T>((p.width + 1) * pitch_)), copy_(scratch.take<S>(copied(p))) {}
+        : p_(p), width_(p.width), history_(p.width - 1), pitch_(pitch(p)),
+          taps_(scratch.take<T>((p.width + 1) * pitch_)), copy_(scratch.take<S>(copied(p))) {}
 
     static size_t need(const causal_conv1d::Problem& p) {
         return Scratch::need<T>((p.width + 1) * pitch(p)) + Scratch::need<S>(copied(p));
@@ -37,15 +38,12 @@ protected:
     void enter(int64_t first, int64_t count) {
         first_ = first;
         count_ = count;
-        for (int64_t w = 0; w < width(); ++w)
+        for (int64_t w = 0; w < width_; ++w)
             read_row(taps_ + w * pitch_, p_.weight.at(first, w, 0), p_.weight.dtype, p_.weight.strides[0], count);
-        T* const bias = taps_ + width() * pitch_;
+        T* const bias = taps_ + width_ * pitch_;
         std::fill_n(bias, pitch_, T(0));
         if (p_.bias) read_row(bias, p_.bias.at(first, 0, 0), p_.bias.dtype, p_.bias.strides[0], count);
     }
-
-    int64_t width() const { return Width ? Width : p_.width; }
-    int64_t history() const { return width() - 1; }
 
     // Rows of a tensor shaped as x, from the piece's row t on.
     Span span(const Tensor& x, const Piece& piece, int64_t t) const {
@@ -55,17 +53,17 @@ protected:
     // Inputs from row t - history on: those of `rows` outputs, or of fewer where they are copied.
     Span inputs(const Piece& piece, int64_t t, int64_t& rows) const {
         const bool beside = p_.x.strides[Time ? 1 : 2] == 1;
-        if (beside && t >= history()) return span(p_.x, piece, t - history());
-        rows = std::min(rows, beside ? std::max(history() - t, kTimes) : kCopiedRows);
+        if (beside && t >= history_) return span(p_.x, piece, t - history_);
+        rows = std::min(rows, beside ? std::max(history_ - t, kTimes) : kCopiedRows);
         const Span copy{copy_, pitch_};
-        const int64_t before = std::clamp<int64_t>(history() - t, 0, history());
+        const int64_t before = std::clamp<int64_t>(history_ - t, 0, history_);
         if (p_.state) {
             copy_rows(copy, p_.state, piece.sequence->index, t, before);
         } else {
             std::fill_n(copy_, before * copy.step(), S{});
         }
-        copy_rows(copy.from(before), p_.x, piece.sequence->batch, piece.sequence->start + t - history() + before,
-                  history() - before + rows);
+        copy_rows(copy.from(before), p_.x, piece.sequence->batch, piece.sequence->start + t - history_ + before,
+                  history_ - before + rows);
         return copy;
     }
 
@@ -78,8 +76,8 @@ protected:
     // y[n] = bias + Σ_w tap[w] · x[n + w], for N vectors that follow each other in time.
     template <int N, class Present>
     void convolved(Vec<T> (&y)[N], const Span& x, int64_t c, Present lanes) const {
-        for (int n = 0; n < N; ++n) y[n] = tap(width(), c);
-        for (int64_t w = 0; w < width(); ++w)
+        for (int n = 0; n < N; ++n) y[n] = tap(width_, c);
+        for (int64_t w = 0; w < width_; ++w)
             for (int n = 0; n < N; ++n) y[n] += tap(w, c) * lanes.load(x.at(n * kTimes + w, c));
     }
 
@@ -117,6 +115,7 @@ private:
 
 protected:
     const causal_conv1d::Problem& p_;
+    const int64_t width_, history_;
     const int64_t pitch_;  // of channels in scratch
     T* const taps_;        // and the bias behind them
     S* const copy_;        // of inputs, where they cannot be read in their place

@@ -40,9 +40,9 @@ void run_units(const Problem& p, const std::vector<std::vector<Piece>>& groups, 
     });
 }
 
-template <class T, class S, bool Time, int Width>
+template <class T, class S, bool Time>
 void forward_as(const Problem& p) {
-    using Worker = Forward<T, S, Time, Width>;
+    using Worker = Forward<T, S, Time>;
     run_units<Worker>(p, groups_of(p), [&](Scratch& scratch) { return Worker(p, scratch); });
 }
 
@@ -58,9 +58,9 @@ void add_groups(const Problem& p, const T* sums, int64_t groups, int64_t w, cons
     write_row(to.at(0, w == p.width ? 0 : w, 0), to.dtype, to.strides[0], rounded.data(), T(1), p.channels);
 }
 
-template <class T, class S, bool Time, int Width>
+template <class T, class S, bool Time>
 void backward_as(const Problem& p, const Gradients& gradients) {
-    using Worker = Backward<T, S, Time, Width>;
+    using Worker = Backward<T, S, Time>;
     const auto groups = groups_of(p);
     const int64_t count = int64_t(groups.size());
     Scratch memory(Scratch::need<T>(count * (p.width + 1) * p.channels));
@@ -70,16 +70,11 @@ void backward_as(const Problem& p, const Gradients& gradients) {
     if (gradients.bias) add_groups(p, sums, count, p.width, gradients.bias);
 }
 
-// Calls run<T, S, Time, Width>() for a call's arithmetic and element type, layout and width.
-template <class T, class S, bool Time, class Run>
-void with_width(const Problem& p, const Run& run) {
-    if (p.width == 4) return run.template operator()<T, S, Time, 4>();
-    run.template operator()<T, S, Time, 0>();
-}
+// Calls run<T, S, Time>() for a call's arithmetic and element type, and layout.
 template <class T, class S, class Run>
 void with_layout(const Problem& p, const Run& run) {
-    if (p.time_inner) return with_width<T, S, true>(p, run);
-    with_width<T, S, false>(p, run);
+    if (p.time_inner) return run.template operator()<T, S, true>();
+    run.template operator()<T, S, false>();
 }
 template <class Run>
 void dispatch(const Problem& p, const Run& run) {
@@ -94,11 +89,11 @@ void dispatch(const Problem& p, const Run& run) {
 }
 
 void forward(const Problem& p) {
-    dispatch(p, [&]<class T, class S, bool Time, int Width>() { forward_as<T, S, Time, Width>(p); });
+    dispatch(p, [&]<class T, class S, bool Time>() { forward_as<T, S, Time>(p); });
 }
 
 void backward(const Problem& p, const Gradients& gradients) {
-    dispatch(p, [&]<class T, class S, bool Time, int Width>() { backward_as<T, S, Time, Width>(p, gradients); });
+    dispatch(p, [&]<class T, class S, bool Time>() { backward_as<T, S, Time>(p, gradients); });
 }
 
 // The state has `rows` of them, of which the filter sees the last.
