@@ -19,8 +19,8 @@ public:
     using Base::kMostChannels;
 
     Backward(const causal_conv1d::Problem& p, const causal_conv1d::Gradients& gradients, T* sums, Scratch& scratch)
-        : Base(p, scratch), gradients_(gradients), sums_(sums), g_{scratch.take<T>(tile(p)), pitch_},
-          sum_(scratch.take<T>((p.width + 1) * lanes(p))) {}
+        : Base(p, scratch), gradients_(gradients), sums_(sums), lanes_(lanes(p)), g_{scratch.take<T>(tile(p)), pitch_},
+          sum_(scratch.take<T>((p.width + 1) * lanes_)) {}
 
     static size_t need(const causal_conv1d::Problem& p) {
         return Base::need(p) + Scratch::need<T>(tile(p)) + Scratch::need<T>((p.width + 1) * lanes(p));
@@ -29,17 +29,16 @@ public:
     void run(const std::vector<Piece>& pieces, int64_t group, int64_t first, int64_t end) {
         for (int64_t c = first; c < end; c += kMostChannels) {
             this->enter(c, std::min(kMostChannels, end - c));
-            std::fill_n(sum_, (width_ + 1) * lanes(p_), T(0));
+            std::fill_n(sum_, (width_ + 1) * lanes_, T(0));
             for (const Piece& piece : pieces) differentiate(piece);
             keep_sums(group);
         }
     }
 
 private:
-    static constexpr int64_t kRows = Time ? 2048 : 16;  // of the tile, besides its history
+    static constexpr int64_t kRows = Time ? 512 : 16;  // of the tile, besides its history
 
     static int64_t tile(const causal_conv1d::Problem& p) { return (p.width - 1 + kRows) * Base::pitch(p) + kLanes<T>; }
-    // A sum's lanes: of all channels, or of the times that a vector holds.
     static int64_t lanes(const causal_conv1d::Problem& p) { return Time ? kLanes<T> : Base::pitch(p); }
 
     void differentiate(const Piece& piece) {
@@ -60,7 +59,7 @@ private:
         for (int64_t done = 0, next; done < there; done += next) {
             next = there - done;
             const Span x = this->inputs(piece, t + done, next), out = this->span(gradients_.out, piece, t + done);
-            for_vectors<T, Time>(next, count_, [&](auto together, int64_t i, int64_t c, auto lanes) {
+            for_vectors<T, Time>(next, count_, [&](auto together, int64_t i, int64_t c, auto lanes) __attribute__((always_inline)) {
                 Vec<T> g[together];
                 for (int n = 0; n < together; ++n) g[n] = lanes.load(out.at(i + n * kTimes, c));
                 if (p_.silu) {
@@ -78,16 +77,17 @@ private:
     // To the sum of each tap, and to the bias's behind them. Lanes that are not there are zero.
     template <int N, class Present>
     void accumulate(const Vec<T> (&g)[N], const Span& x, int64_t c, Present lanes) {
-        for (int64_t w = 0; w < width_; ++w) {
-            Vec<T> total = load(sum(w, c));
+        const int64_t width = width_, apart = lanes_;  // known to outlast the stores
+        T* to = sum_ + c;
+        for (int64_t w = 0; w < width; ++w, to += apart) {
+            Vec<T> total = load(to);
             for (int n = 0; n < N; ++n) total += g[n] * lanes.load(x.at(n * kTimes + w, c));
-            store(sum(w, c), total);
+            store(to, total);
         }
-        Vec<T> total = load(sum(width_, c));
+        Vec<T> total = load(to);
         for (int n = 0; n < N; ++n) total += g[n];
-        store(sum(width_, c), total);
+        store(to, total);
     }
-    T* sum(int64_t w, int64_t c) const { return sum_ + w * lanes(p_) + c; }
 
     // The gradients of the rows that lie W - 1 before these to where they belong. Those before the piece, unless it is its
     // sequence's first, are another unit's.
@@ -103,7 +103,7 @@ private:
 
     // Σ_w tap[w] · g[t + W - 1 - w], the transpose of the convolution.
     void correlate(const Rows<T, Time>& g, const Span& to, int64_t rows) const {
-        for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) {
+        for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) __attribute__((always_inline)) {
             Vec<T> y[together]{};
             for (int64_t w = 0; w < width_; ++w)
                 for (int n = 0; n < together; ++n)
@@ -122,7 +122,7 @@ private:
     void keep_sums(int64_t group) const {
         for (int64_t w = 0; w <= width_; ++w) {
             T* const to = sums_ + (group * (width_ + 1) + w) * p_.channels + first_;
-            const T* const from = sum(w, 0);
+            const T* const from = sum_ + w * lanes_;
             if constexpr (Time) {
                 *to = 0;
                 for (int i = 0; i < kLanes<T>; ++i) *to += from[i];
@@ -134,6 +134,7 @@ private:
 
     const causal_conv1d::Gradients& gradients_;
     T* const sums_;
+    const int64_t lanes_;    // of a sum: all channels, or the times that a vector holds
     const Rows<T, Time> g_;  // a tile after its history
     T* const sum_;           // of each tap, and of the bias behind them
 };
