@@ -59,7 +59,7 @@ private:
         for (int64_t done = 0, next; done < there; done += next) {
             next = there - done;
             const Span x = this->inputs(piece, t + done, next), out = this->span(gradients_.out, piece, t + done);
-            for_vectors<T, Time>(next, count_, [&](auto together, int64_t i, int64_t c, auto lanes) __attribute__((always_inline)) {
+            for_vectors<T, Time>(next, count_, [&](auto together, int64_t i, int64_t c, auto lanes) ONCHIP_INLINED {
                 Vec<T> g[together];
                 for (int n = 0; n < together; ++n) g[n] = lanes.load(out.at(i + n * kTimes, c));
                 if (p_.silu) {
@@ -103,7 +103,7 @@ private:
 
     // Σ_w tap[w] · g[t + W - 1 - w], the transpose of the convolution.
     void correlate(const Rows<T, Time>& g, const Span& to, int64_t rows) const {
-        for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) __attribute__((always_inline)) {
+        for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) ONCHIP_INLINED {
             Vec<T> y[together]{};
             for (int64_t w = 0; w < width_; ++w)
                 for (int n = 0; n < together; ++n)

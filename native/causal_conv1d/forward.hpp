@@ -103,7 +103,7 @@ private:
         for (int64_t t = piece.begin, rows; t < piece.end; t += rows) {
             rows = piece.end - t;
             const Span x = inputs(piece, t, rows), out = span(p_.out, piece, t);
-            for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) __attribute__((always_inline)) {
+            for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) ONCHIP_INLINED {
                 Vec<T> y[together];
                 convolved(y, x.from(i), c, lanes);
                 if (p_.silu)

@@ -44,12 +44,14 @@ struct Lanes {
     }
 };
 
+#define ONCHIP_INLINED __attribute__((always_inline))  // a loop's body that keeps in registers what it captures
+
 // Calls each(n, time, channel, lanes) for the vectors of `rows` rows of `channels` channels: n of them, a constant, follow
 // each other in time. Where that is several, they share inputs and taps.
 template <class T, bool Time, class Each>
-__attribute__((always_inline)) inline void for_vectors(int64_t rows, int64_t channels, const Each& each) {
+ONCHIP_INLINED inline void for_vectors(int64_t rows, int64_t channels, const Each& each) {
     constexpr int64_t kWhole = kLanes<T>, kTimes = Time ? kWhole : 1;
-    const auto across = [&](auto n, int64_t t) __attribute__((always_inline)) {
+    const auto across = [&](auto n, int64_t t) ONCHIP_INLINED {
         const int64_t lanes = Time ? std::min(rows - t, kWhole) : channels;
         int64_t c = 0;
         for (; c + kWhole <= lanes; c += kWhole) each(n, t, c, Lanes<T, true>{kWhole});

@@ -1,7 +1,8 @@
 """The causal convolution on the native CPU kernels (native/causal_conv1d), forward and backward.
 
 The kernels take any strides and any width. Lanes of a vector are channels, or times where x is contiguous along time,
-as in a transposed `(B, D, T)`. Tiles of inputs are widened into the first cache: memory is read once and written once.
+as in a transposed `(B, D, T)`. Inputs and outputs cross once, in their place: only the first of a sequence, behind its
+state, and inputs whose lanes lie apart are copied.
 """
 
 import torch
