@@ -17,19 +17,19 @@ struct Problem {
     std::vector<Sequence> sequences;
     int64_t channels, width;
     bool silu;
-    bool time_inner;  // x and out are contiguous along time, else along channels
-    Tensor x;         // (batch, time, channel)
+    bool time_inner;  // out is contiguous along time, else along channels
+    Tensor x;         // (batch, time, channel), best contiguous as out is
     Tensor weight;    // (channel, tap)
     Tensor bias;      // (channel); optional
-    Tensor state;     // (sequence, width - 1, channel); optional
-    Tensor out;       // as x
+    Tensor state;     // (sequence, width - 1, channel), of x's type; optional
+    Tensor out;       // (batch, time, channel), of x's type
     int threads;
 };
 
 // Of the output, given, and of the rest, written.
 struct Gradients {
-    Tensor out;     // as x
-    Tensor x;       // as x
+    Tensor out;     // as out, and contiguous along the same dimension
+    Tensor x;       // the same
     Tensor weight;  // (channel, tap)
     Tensor bias;    // (channel); optional
     Tensor state;   // as the state; optional

@@ -48,11 +48,10 @@ inline Vec<T> exp_minus_size(Vec<T> x) {
     return exp2((x < 0 ? x : -x) * kLog2e<T>);
 }
 
+// Far below zero e^-x is inf, and this 0.
 template <class T>
 inline Vec<T> sigmoid(Vec<T> x) {
-    const Vec<T> e = exp_minus_size<T>(x);
-    const Vec<T> r = 1 / (1 + e);
-    return x < 0 ? e * r : r;
+    return 1 / (1 + exp2_any<T>(x * -kLog2e<T>));
 }
 
 // log(1 + e^x), and from 20 on x itself, as PyTorch has it. For e = e^-|x| in (0, 1], log(1 + e) = 2 artanh(s) with
@@ -70,7 +69,7 @@ inline Vec<T> softplus(Vec<T> x) {
 
 template <class T>
 inline Vec<T> silu(Vec<T> x) {
-    return x * sigmoid<T>(x);
+    return x / (1 + exp2_any<T>(x * -kLog2e<T>));
 }
 
 // The derivative of silu.

@@ -1,4 +1,4 @@
-// Rows of any element type and stride, to and from the type of the arithmetic (float or double).
+// Vectors and rows of any element type, rows of any stride too, to and from the type of the arithmetic (float or double).
 #pragma once
 
 #include <cmath>
@@ -60,7 +60,7 @@ inline void narrow(Half& to, float x) {
     to.bits = uint16_t(bits | sign);
 }
 
-// A vector of T from as many elements of another type.
+// A vector of T from as many elements of another type, and back.
 template <class T, class S>
 inline Vec<T> load_as(const S* p) {
     if constexpr (std::is_same_v<T, S>) {
@@ -71,12 +71,20 @@ inline Vec<T> load_as(const S* p) {
         return x;
     }
 }
-// One or two instructions, which the compiler does not find by itself.
+template <class T, class S>
+inline void store_as(S* p, Vec<T> x) {
+    if constexpr (std::is_same_v<T, S>) {
+        store(p, x);
+    } else {
+        for (int i = 0; i < kLanes<T>; ++i) narrow(p[i], x[i]);
+    }
+}
+// A few instructions, of which the compiler makes a number at a time.
 #if defined(__AVX512F__)
 template <>
 inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
-    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return reinterpret_cast<Vec<float>>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, narrow), 16));
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return reinterpret_cast<Vec<float>>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16));
 }
 template <>
 inline Vec<float> load_as<float, Half>(const Half* p) {
@@ -85,12 +93,24 @@ inline Vec<float> load_as<float, Half>(const Half* p) {
 #elif defined(__AVX2__)
 template <>
 inline Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
-    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+template <>
+inline void store_as<float, BFloat16>(BFloat16* p, Vec<float> x) {
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    const Bits bits = reinterpret_cast<Bits>(x);
+    const Bits rounded = x != x ? Bits{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(rounded), __m256i{});
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0b1000)));
 }
 template <>
 inline Vec<float> load_as<float, Half>(const Half* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <>
+inline void store_as<float, Half>(Half* p, Vec<float> x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
 

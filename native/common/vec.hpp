@@ -185,13 +185,14 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
 
 // 2^x for x ≤ 0. Exactly 0 below the exponent range and for -inf, NaN for NaN; relative error about one ulp.
 // x = r + f with r an integer and |f| ≤ 1/2: a polynomial for 2^f, and r put straight into the exponent's bits. Adding
-// 1.5·2^(mantissa bits) leaves r in the low bits of the sum.
+// 1.5·2^(mantissa bits) leaves r in the low bits of the sum, and so does more than that, r with the exponent's bias.
 inline Vec<float> exp2(Vec<float> x) {
     using Bits = VecOf<float>::bits;
     const Vec<float> floor = broadcast(-127.0f);
     x = at_least(floor, x);
-    const Vec<float> shifted = x + 12582912.0f;
-    const Vec<float> f = x - (shifted - 12582912.0f);
+    constexpr float kShift = 12582912.0f + 127;
+    const Vec<float> shifted = x + kShift;
+    const Vec<float> f = x - (shifted - kShift);
     Vec<float> p = broadcast(1.5353362e-4f);
     p = p * f + 1.3398874e-3f;
     p = p * f + 9.6184370e-3f;
@@ -199,15 +200,16 @@ inline Vec<float> exp2(Vec<float> x) {
     p = p * f + 2.4022648e-1f;
     p = p * f + 6.9314720e-1f;
     p = p * f + 1.0f;
-    const Bits exponent = (reinterpret_cast<Bits>(shifted) + 127) << 23;  // the magic number's own bits shift out
+    const Bits exponent = reinterpret_cast<Bits>(shifted) << 23;  // the magic number's own bits shift out
     return p * reinterpret_cast<Vec<float>>(exponent);
 }
 inline Vec<double> exp2(Vec<double> x) {
     using Bits = VecOf<double>::bits;
     const Vec<double> floor = broadcast(-1023.0);
     x = at_least(floor, x);
-    const Vec<double> shifted = x + 6755399441055744.0;
-    const Vec<double> f = (x - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
+    constexpr double kShift = 6755399441055744.0 + 1023;
+    const Vec<double> shifted = x + kShift;
+    const Vec<double> f = (x - (shifted - kShift)) * 0.693147180559945309417;
     Vec<double> p = broadcast(1.0 / 6227020800.0);  // e^f by its Taylor series: |f| ≤ 0.35, so 13 terms reach 1e-16
     p = p * f + 1.0 / 479001600.0;
     p = p * f + 1.0 / 39916800.0;
@@ -222,7 +224,7 @@ inline Vec<double> exp2(Vec<double> x) {
     p = p * f + 0.5;
     p = p * f + 1.0;
     p = p * f + 1.0;
-    const Bits exponent = (reinterpret_cast<Bits>(shifted) + 1023) << 52;
+    const Bits exponent = reinterpret_cast<Bits>(shifted) << 52;
     return p * reinterpret_cast<Vec<double>>(exponent);
 }
 

@@ -156,7 +156,7 @@ def causal_conv1d_step(
     known = activation is None or activation == "silu" or activation == "swish"
     in_place = out_state is None or out_state is state
     if known and in_place and _step.direct(backend, x_t, state, weight, bias):
-        y_t, new = torch.empty_like(x_t), state.clone() if out_state is None else state
+        y_t, new = x_t.new_empty(x_t.shape), state.clone() if out_state is None else state
         silu, threads = activation is not None, torch.get_num_threads()
         if _step.kernels.try_causal_conv1d_step(x_t, new, weight, bias, silu, y_t, threads):
             _step.changed(new)

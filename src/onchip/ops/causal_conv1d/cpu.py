@@ -1,7 +1,8 @@
 """The causal convolution on the native CPU kernels (native/causal_conv1d), forward and backward.
 
 The kernels take any strides and any width. Lanes of a vector are channels, or times where x is contiguous along time,
-as in a transposed `(B, D, T)`. Tiles of inputs are widened into the first cache: memory is read once and written once.
+as in a transposed `(B, D, T)`. Inputs and outputs cross once, in their place: only the first of a sequence, behind its
+state, and inputs whose lanes lie apart are copied.
 """
 
 import torch
@@ -52,7 +53,7 @@ def backward(
 
 def step(x_t: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """A step's output; `state`, of at least W - 1 rows, is moved on in place."""
-    out, x = torch.empty_like(x_t), x_t[:, None]
+    out, x = x_t.new_empty(x_t.shape), x_t[:, None]
     sizes = (x.shape[0], 1, *weight.shape, silu, False, torch.get_num_threads())
     _native.kernels.causal_conv1d_step(
         sizes, _tensors(x, weight, bias, None, out[:, None]), describe(state), state.shape[1]

@@ -17,8 +17,8 @@ def output_like(x: Tensor) -> Tensor:
 
 
 def in_layout_of(x: Tensor, grad: Tensor) -> Tensor:
-    """`grad`, copied where it is contiguous along another dimension than x."""
-    return grad if time_contiguous(grad) == time_contiguous(x) else output_like(x).copy_(grad)
+    """`grad`, copied where it is not contiguous along the dimension that an output like x is."""
+    return grad if grad.stride(-2 if time_contiguous(x) else -1) == 1 else output_like(x).copy_(grad)
 
 
 def state_like(x: Tensor, width: int, cu_seqlens: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("onchip::causal_conv1d_step", lib=library)  # type: ignore[untyped-decorator]
 def _(x_t: Tensor, *more: Any) -> Tensor:
-    return torch.empty_like(x_t)
+    return x_t.new_empty(x_t.shape)
 
 
 @torch.library.impl(library, "causal_conv1d_step", "Autograd")

@@ -334,7 +334,7 @@ def backward(
 
 def step(x_t: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """A step's output; `state`, of at least W - 1 rows, is moved on in place."""
-    out = torch.empty_like(x_t)
+    out = x_t.new_empty(x_t.shape)
     with on_device_of(x_t):
         move_on(x_t, state, weight, bias, silu, out).run()
     return out
