@@ -55,6 +55,7 @@ bool try_causal_conv1d_step(nb::handle x_t, nb::handle state, nb::handle weight,
     if (!w.fits({channels, kAnySize}) || !b.absent_or_fits({channels}) || !out.fits({batch, channels})) return false;
     const int64_t width = w.size(1);
     if (!h.fits({batch, width - 1, channels}) || h.dtype() != x.dtype() || out.dtype() != x.dtype()) return false;
+    if (h.expanded()) return false;
     const Tensor rows = h.as({0, 1, 2});
     causal_conv1d::Problem p{{}, channels, width, silu, false, x.as({0, -1, 1}), w.as({0, 1}), b.as({0}), rows,
                              out.as({0, -1, 1}), threads};
@@ -98,7 +99,7 @@ bool try_selective_scan_step(nb::handle x_t, nb::handle state, nb::handle dt_t, 
     if (!B.fits({batch, kAnySize, states}) || channels % B.size(1) != 0 || !C.fits({batch, B.size(1), states})) return false;
     if (!dt.fits({batch, channels}) || !z.absent_or_fits({batch, channels}) || !out.fits({batch, channels})) return false;
     if (!D.absent_or_fits({channels}) || !bias.absent_or_fits({channels})) return false;
-    if (!h.fits({batch, channels, states}) || !carries(h, x) || out.dtype() != x.dtype()) return false;
+    if (!h.fits({batch, channels, states}) || !carries(h, x) || h.expanded() || out.dtype() != x.dtype()) return false;
     selective_scan::Problem p{};
     p.sequences.resize(batch);
     p.tokens = batch;
@@ -135,6 +136,7 @@ bool try_ssd_step(nb::handle x_t, nb::handle state, nb::handle dt_t, nb::handle 
     if (!z.absent_or_fits({batch, heads, dim}) || !out.fits({batch, heads, dim})) return false;
     if (!h.fits({batch, heads, dim, B.size(2)}) || !next.fits({batch, heads, dim, B.size(2)})) return false;
     if (!carries(h, x) || next.dtype() != wide(x.dtype()) || out.dtype() != x.dtype()) return false;
+    if (next.expanded() || next.overlaps(h)) return false;
     if (B.dtype() != x.dtype() || C.dtype() != x.dtype() || (!z.absent() && z.dtype() != x.dtype())) return false;
     for (int64_t i = 0; i < batch; ++i) p.sequences.push_back({i, 0, 1, i});
     p.heads = heads;

@@ -1,5 +1,7 @@
 #include "torch_tensor.hpp"
 
+#include <algorithm>
+
 namespace nb = nanobind;
 
 namespace onchip {
@@ -80,6 +82,24 @@ bool Argument::fits(std::initializer_list<int64_t> shape) const {
     for (const int64_t wanted : shape)
         if (*size++ != wanted && wanted != kAnySize) return false;
     return true;
+}
+
+bool Argument::expanded() const {
+    for (int i = 0; i < ndim_; ++i)
+        if (tensor_.strides[i] == 0 && sizes_[i] > 1) return true;
+    return false;
+}
+
+bool Argument::overlaps(const Argument& other) const {
+    const Tensor &a = tensor_, &b = other.tensor_;
+    if (a.data == b.data && a.dtype == b.dtype && std::equal(a.strides, a.strides + 4, b.strides)) return false;
+    return a.data < other.end() && b.data < end();
+}
+
+const char* Argument::end() const {
+    int64_t last = 0;
+    for (int i = 0; i < ndim_; ++i) last += (sizes_[i] - 1) * tensor_.strides[i];
+    return tensor_.data + (last + 1) * item_size(tensor_.dtype);
 }
 
 Tensor Argument::as(std::initializer_list<int> dims) const {

@@ -27,6 +27,10 @@ public:
     bool absent_or_fits(std::initializer_list<int64_t> shape) const { return absent_ || fits(shape); }
     int64_t size(int dim) const { return sizes_[dim]; }
     DType dtype() const { return tensor_.dtype; }
+    // Whether some of its elements are one in memory, as those of what is written must not be.
+    bool expanded() const;
+    // Whether some of its memory may be the other's, but for one that is the same altogether.
+    bool overlaps(const Argument& other) const;
     // As the kernels take it: `dims` says which of its own dimensions each of theirs is, -1 for none.
     Tensor as(std::initializer_list<int> dims) const;
     // None where it has no dimension, or is not what it should be.
@@ -34,6 +38,7 @@ public:
 
 private:
     bool read(nanobind::handle x);
+    const char* end() const;
 
     Tensor tensor_;
     int64_t sizes_[4] = {0, 0, 0, 0};

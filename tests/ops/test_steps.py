@@ -59,6 +59,32 @@ def test_a_gradient_and_a_state_in_its_place_exclude_each_other(step, backend):
                 assert function(*leaves, out_state=place, backend=backend)[1] is place
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_an_expanded_state_is_no_place_for_a_new_one(step, backend):
+    function, arguments = step[0], list(step[1])
+    arguments[1] = arguments[1][:1].expand_as(arguments[1])
+    new = function(*arguments, backend=backend)[1]
+    assert not torch.equal(new[0], new[1])
+    with pytest.raises(
+        ValueError, match="out_state must have memory for each of its entries, got one that is expanded"
+    ):
+        function(*arguments, out_state=arguments[1], backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("rows", [(slice(0, 2), slice(1, 3)), (slice(1, 3), slice(0, 2))], ids=["ahead", "behind"])
+def test_a_state_may_move_within_its_memory(step, backend, rows):
+    function, arguments = step[0], list(step[1])
+    source, target = rows
+    pool = torch.randn(3, *arguments[1].shape[1:], dtype=arguments[1].dtype)
+    arguments[1] = pool[source].clone()
+    want, want_state = function(*arguments, backend=backend)
+    arguments[1] = pool[source]
+    got, state = function(*arguments, out_state=pool[target], backend=backend)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(state, want_state)
+
+
 def test_a_parameter_in_training_keeps_its_gradient(step):
     function, arguments = step
     leaves = [x.clone().requires_grad_() for x in arguments]

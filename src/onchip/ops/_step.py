@@ -45,14 +45,20 @@ def differentiated(*tensors: Tensor | None) -> bool:
     return backward or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def refuse_recorded(out_state: Tensor | None, *tensors: Tensor | None) -> None:
-    """A step that is differentiated writes its state elsewhere.
+def check_writable(out_state: Tensor | None, *tensors: Tensor | None) -> None:
+    """A step of these tensors may write its state there.
 
     Raises:
-        ValueError: it is to go into `out_state`.
+        ValueError: it is differentiated, or entries of `out_state` are one in memory.
     """
-    if out_state is not None and needs_grad((out_state, *tensors)):
+    if out_state is None:
+        return
+    if needs_grad((out_state, *tensors)):
         raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
+    if any(stride == 0 and size > 1 for stride, size in zip(out_state.stride(), out_state.shape, strict=True)):
+        raise ValueError(
+            f"out_state must have memory for each of its entries, got one that is expanded, of strides {out_state.stride()}"
+        )
 
 
 def changed(tensor: Tensor) -> None:

@@ -162,16 +162,14 @@ def causal_conv1d_step(
             _step.changed(new)
             return y_t, new
     silu = checks.check_step(x_t, state, weight, bias, activation, out_state)
-    _step.refuse_recorded(out_state, x_t, state, weight, bias)
+    _step.check_writable(out_state, x_t, state, weight, bias)
     in_reference = _select.choose("causal_conv1d_step", IMPLEMENTATIONS, backend, x_t) == "reference"
     if in_reference or _step.differentiated(x_t, state, weight, bias):
         y_t, new = reference.step(x_t, state, weight, bias, silu)
         return y_t, new if out_state is None else out_state.copy_(new)
-    if out_state is None:
-        out_state = state.clone()
-    elif out_state is not state:
-        out_state.copy_(state)
-    return step.step(x_t, out_state, weight, bias, silu, backend), out_state
+    new = state if out_state is state else state.clone()
+    y_t = step.step(x_t, new, weight, bias, silu, backend)
+    return y_t, new if out_state is None or out_state is new else out_state.copy_(new)
 
 
 def causal_conv1d_matrix(weight: Tensor, length: int) -> Tensor:

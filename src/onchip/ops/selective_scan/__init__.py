@@ -206,7 +206,7 @@ def selective_scan_step(
             _step.changed(new)
             return y_t, new
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, dt_bias, dt_softplus, out_state)
-    _step.refuse_recorded(out_state, *tensors)
+    _step.check_writable(out_state, *tensors)
     in_reference = _select.choose("selective_scan_step", IMPLEMENTATIONS, backend, x_t, dt_t, A) == "reference"
     if in_reference or _step.differentiated(*tensors):
         y_t, new = reference.selective_scan_step(*tensors, dt_softplus)

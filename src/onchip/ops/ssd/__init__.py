@@ -229,7 +229,7 @@ def ssd_step(
             return y, new
     checks.check_step(x_t, state, dt_t, A, B_t, C_t, D, z, out_state)
     step = checks.step_of(dt_bias, dt_softplus, dt_limit, x_t.shape[-2], x_t)
-    _step.refuse_recorded(out_state, *tensors)
+    _step.check_writable(out_state, *tensors)
     inputs = (x_t, state, dt_t, A, B_t, C_t, D, z)
     chosen = _select.choose("ssd_step", IMPLEMENTATIONS, backend, *inputs[:6])
     if chosen != "reference" and not needs_grad(tensors):

@@ -59,8 +59,16 @@ def _backward(grad_out: Tensor, grad_state: Tensor | None, *args: Any) -> Any:
 
 
 def _step_into(*args: Any) -> Tensor:
-    *inputs, backend, out_state = args
-    return cast(Tensor, _implementation(args[0], backend).step(*inputs, out_state))
+    x_t, state, *inputs, backend, out_state = args
+    if _overlap(state, out_state):
+        state = state.clone()
+    return cast(Tensor, _implementation(args[0], backend).step(x_t, state, *inputs, out_state))
+
+
+def _overlap(state: Tensor, out_state: Tensor) -> bool:
+    """Whether writing the one may change the other before it is read: not where they are the same."""
+    places = [(x.data_ptr(), x.dtype, x.stride()) for x in (state, out_state)]
+    return torch._C._is_alias_of(state, out_state) and places[0] != places[1]
 
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
