@@ -6,6 +6,7 @@ Public is what a module of the package names in `__all__`. The examples themselv
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -29,7 +30,16 @@ def test_the_main_names_are_public():
     assert {"onchip.attention", "onchip.attention_with_lse", "onchip.explain", "onchip.hadamard"} <= FUNCTIONS.keys()
     assert {"onchip.attention_fp8", "onchip.attention_fp8_with_lse"} <= FUNCTIONS.keys()
     assert {"onchip.attention_with_cache", "onchip.attention_with_cache_and_lse"} <= FUNCTIONS.keys()
+    assert {"onchip.linear", "onchip.merge_attention", "onchip.rms_norm"} <= FUNCTIONS.keys()
     assert {"onchip.models.LanguageModel", "onchip.nn.mixers.Attention", "onchip.training.Trainer"} <= PUBLIC.keys()
+
+
+def test_explain_knows_the_functions_that_take_a_backend():
+    with pytest.raises(TypeError, match="that take backend=") as error:
+        onchip.explain(onchip.linear)
+    known = set(re.search(r"\((.*?)\)", str(error.value))[1].split(", "))
+    functions = {name: f for name in onchip.__all__ if inspect.isfunction(f := getattr(onchip, name))}
+    assert known == {n for n, f in functions.items() if "backend" in inspect.signature(f).parameters} - {"explain"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -172,6 +172,11 @@ WRONG = {
         lambda: causal_conv1d_update(X, STATE, WEIGHT, conv_state_indices=torch.zeros(2)),
         "conv_state_indices must be an int32 or int64 tensor, got torch.float32",
     ),
+    "update of no tensor": (lambda: causal_conv1d_update([1], STATE, WEIGHT), "x must be a tensor, got list"),
+    "fractional state_len": (
+        lambda: causal_conv1d_varlen_states(X[0], torch.tensor([0, 3]), 2.5),
+        "state_len must be an integer, got float",
+    ),
     "state_len": (lambda: causal_conv1d_varlen_states(X[0], torch.tensor([0, 3]), -1), "state_len must be at least 0"),
 }
 

@@ -1,5 +1,6 @@
 """mamba_ssm's functions against their definitions, written out here as loops in mamba_ssm's own layouts."""
 
+import inspect
 import subprocess
 import sys
 
@@ -75,6 +76,10 @@ def test_selective_scan(b_form, c_form, options):
 
 def test_selective_scan_refuses_what_it_has_not():
     u, B = normal(BATCH, DIM, LENGTH), normal(BATCH, N, LENGTH)
+    for name in ("u", "delta", "A", "B", "C", "z"):
+        tensors = dict(zip(("u", "delta", "A", "B", "C"), (u, u, -positive(DIM, N), B, B), strict=True))
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            selective_scan_fn(**{**tensors, name: [1]})
     with pytest.raises(TypeError, match=r"A must be real, got torch\.complex128"):
         selective_scan_fn(u, u, -positive(DIM, N).to(torch.complex128), B, B)
     with pytest.raises(ValueError, match=r"B must be \(dim, d_state\), .* got \(4,\)"):
@@ -230,6 +235,9 @@ def test_state_update_leaves_padding_alone(heads, expanded):
         ("dt", lambda u: u[1:], "dt must have shape"),
         ("dt_bias", lambda u: u[1:], "dt_bias must have shape"),
         ("state_batch_indices", lambda u: torch.tensor([0.0, 1.0]), "must be int32 or int64, got torch.float32"),
+        ("x", lambda u: [1.0], "x must be a tensor, got list"),
+        ("B", lambda u: None, "B must be a tensor, got NoneType"),
+        ("C", lambda u: torch.tensor(1.0), r"C must have dimensions, got shape \(\)"),
         ("state_batch_indices", lambda u: torch.tensor([1]), r"must have shape \(2,\), got \(1,\)"),
     ],
 )
@@ -328,11 +336,35 @@ def test_chunk_scan_returns_states_of_sequences():
         ({"cu_seqlens": torch.tensor([0, 21])}, "seq_idx must be given where cu_seqlens is"),
         ({"cu_seqlens": torch.tensor([0, 21]), "seq_idx": STARTS}, "x must have a batch of 1 .* got 2"),
         ({"seq_idx": STARTS[:, 1:]}, r"seq_idx must have shape \(2, 21\), got \(2, 20\)"),
+        ({"dt_limit": None}, r"dt_limit must be a pair \(low, high\) of numbers, got None"),
+        ({"dt_limit": [1.0], "dt_softplus": True}, r"dt_limit must be a pair \(low, high\) of numbers, got \[1.0\]"),
+        ({"dt_limit": 2.5}, r"dt_limit must be a pair \(low, high\) of numbers, got 2.5"),
+        ({"x": [1]}, "x must be a tensor, got list"),
+        ({"state_dtype": torch.int32}, "state_dtype must be None, float64, float32, .* got torch.int32"),
+        ({"state_dtype": "float32"}, "state_dtype must be None, float64, float32, .* got 'float32'"),
     ],
 )
 def test_chunk_scan_says_what_does_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mamba_chunk_scan_combined(**chunk_inputs(), chunk_size=8, **arguments)
+    with pytest.raises((ValueError, TypeError), match=message):
+        mamba_chunk_scan_combined(**{**chunk_inputs(), "chunk_size": 8, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_states_come_in_the_dtype_that_is_asked_for(dtype):
+    tensors = {name: u[:1] if u.shape[0] == BATCH else u for name, u in chunk_inputs().items()}
+    options = {"seq_idx": STARTS[:1], "cu_seqlens": torch.tensor([0, 5, 14, 21]), "chunk_size": 8}
+    options |= {"return_final_states": True, "return_varlen_states": True}
+    out, *states = mamba_chunk_scan_combined(**tensors, **options)
+    same, *converted = mamba_chunk_scan_combined(**tensors, **options, state_dtype=dtype)
+    assert torch.equal(same, out)
+    for state, other in zip(states, converted, strict=True):
+        assert torch.equal(other, state.to(dtype)) and other.dtype == dtype
+
+
+@pytest.mark.parametrize("function", [mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined])
+def test_state_dtype_is_the_last_argument(function):
+    *_, last = inspect.signature(function).parameters.values()
+    assert (last.name, last.default) == ("state_dtype", None)
 
 
 def test_packed_rows_are_not_mistaken_for_each_other():
@@ -383,6 +415,7 @@ def test_split_conv1d_scan(seq_idx, norm, d_mlp):
         headdim=P,
         ngroups=GROUPS,
         norm_before_gate=bool(norm),
+        state_dtype=torch.float32,
     )
     gate, up, z, xBC, dt = zxbcdt.split([d_mlp, d_mlp, dim, wide, HEADS], dim=-1)
     pieces = [[(0, LENGTH)]] * 2 if seq_idx is None else [[(0, 5), (5, 14), (14, 21)], [(0, 21)]]
@@ -403,7 +436,7 @@ def test_split_conv1d_scan(seq_idx, norm, d_mlp):
         expected = grouped.flatten(-2) * weight * (F.silu(z) if norm else 1)
     expected = torch.cat([F.silu(gate) * up, expected], -1) @ out_weight.T + out_bias
     torch.testing.assert_close(y, expected, rtol=1e-7, atol=1e-8)
-    close(final, last)
+    torch.testing.assert_close(final, last.float())
 
 
 def test_split_conv1d_scan_says_what_does_not_fit():
@@ -418,6 +451,14 @@ def test_split_conv1d_scan_says_what_does_not_fit():
         mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, ngroups=0)
     with pytest.raises(ValueError, match="outproj_bias must be None where outproj_weight is"):
         mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, outproj_bias=normal(7))
+    with pytest.raises(TypeError, match="D must be a tensor, got list"):
+        mamba_split_conv1d_scan_combined(*tensors, [1.0], 8)
+    with pytest.raises(ValueError, match=r"zxbcdt must have dimensions, got shape \(\)"):
+        mamba_split_conv1d_scan_combined(torch.ones(()), *tensors[1:], normal(4, 3), 8)
+    with pytest.raises(TypeError, match="ngroups must be an integer, got float"):
+        mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, ngroups=1.0)
+    with pytest.raises(TypeError, match="outproj_weight must be a tensor, got list"):
+        mamba_split_conv1d_scan_combined(*tensors, normal(4, 3), 8, outproj_weight=[1.0])
 
 
 @pytest.mark.parametrize("before", [True, False])

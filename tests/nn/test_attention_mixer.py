@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from onchip.nn.mixers import Attention, MissingForm, build_mixer
+from onchip.nn.mixers import MIXERS, Attention, MissingForm, build_mixer
 from onchip.ops.attention import reference
 from onchip.testing import MIXER_CHECKS
 
@@ -126,20 +126,33 @@ def test_bad_input(call, message):
         call(Attention(8, n_heads=2))
 
 
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_boundaries_are_integers(name):
+    mixer = MIXERS[name](8, **{"attention": {"n_heads": 2}, "mamba2": {"head_dim": 4}}.get(name, {}))
+    with pytest.raises(TypeError, match=r"cu_seqlens must be an int32 or int64 tensor, got torch\.float32"):
+        mixer(torch.randn(5, 8), cu_seqlens=torch.tensor([0.0, 5.0]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must have shape \(sequences \+ 1,\), got \(1, 2\)"):
+        mixer(torch.randn(5, 8), cu_seqlens=torch.tensor([[0, 5]]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"n_heads": 3}, "multiple of n_heads"),
         ({"n_heads": 4, "n_kv_heads": 3}, "multiple of n_kv_heads, got 4 and 3"),
-        ({"n_heads": 0}, "positive multiple"),
+        ({"n_heads": 0}, "n_heads must be at least 1, got 0"),
+        ({"n_heads": 2.0}, "n_heads must be an integer, got float"),
+        ({"n_heads": 2, "n_kv_heads": True}, "n_kv_heads must be an integer, got bool"),
+        ({"n_heads": 2, "head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"n_heads": 8}, "head_dim must be even"),
-        ({"n_heads": 2, "window": (-1, 0)}, "window must be"),
+        ({"n_heads": 2, "window": (-1, 0)}, "window's left must be at least 0, got -1"),
+        ({"n_heads": 2, "window": (1, 0.5)}, "window's right must be an integer, got float"),
         ({"n_heads": 2, "window": (3,)}, "window must be"),
         ({"n_heads": 2, "rope_base": 0.0}, "base must be positive"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Attention(8, **arguments)
 
 

@@ -240,9 +240,9 @@ def test_the_zero_order_hold_of_s4d_is_exact():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: S4(4, 5), "d_state must be positive and even, got 5"),
-        (lambda: S4(4, 0), "d_state must be positive and even, got 0"),
-        (lambda: LSSL(4, 0), "d_state must be positive, got 0"),
+        (lambda: S4(4, 5), "d_state must be even, got 5"),
+        (lambda: S4(4, 0), "d_state must be at least 1, got 0"),
+        (lambda: LSSL(4, 0), "d_state must be at least 1, got 0"),
         (lambda: S4(4, 4, measure="leg"), "measure must be one of legs, legt, lagt, fourier, got 'leg'"),
         (
             lambda: S4(4, 4, dt_min=0.1, dt_max=0.01),
@@ -251,20 +251,29 @@ def test_the_zero_order_hold_of_s4d_is_exact():
         (lambda: S4D(4, 4, dt_min=0.0), "dt_min and dt_max must be positive"),
         (lambda: S4D(4, 4, init="exp"), "init must be one of legs, inv, lin, real, got 'exp'"),
         (lambda: S4D(4, 4, discretization="euler"), "discretization must be zoh or bilinear, got 'euler'"),
-        (lambda: S4D(4, 5, init="lin"), "d_state must be positive and even"),
+        (lambda: S4D(4, 5, init="lin"), "d_state must be even"),
         (lambda: LSSL(4, 4, discretization="forward"), "bilinear, backward or zoh, got 'forward'"),
         (lambda: HiPPO(4, 4, discretization="zoh"), "discretization must be one of bilinear, backward, got 'zoh'"),
         (lambda: HiPPO(4, 4, dt=0.1), 'dt must be positive, or None with measure "legs", got 0.1'),
         (lambda: HiPPO(4, 4, measure="legt"), "dt must be positive"),
         (lambda: HiPPO(4, 4, measure="legt", dt=-1.0), "dt must be positive"),
-        (lambda: HiPPO(4, 4, chunk_size=0), "chunk_size must be positive, got 0"),
+        (lambda: HiPPO(4, 4, chunk_size=0), "chunk_size must be at least 1, got 0"),
         (lambda: HiPPO(4, 3, measure="fourier", dt=0.1), "N must be even"),
+        (lambda: S4D(0), "d_model must be at least 1, got 0"),
         (lambda: build_mixer(4, {"mixer": "s4d", "states": 4}), "s4d has no argument states"),
     ],
 )
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("kind", [HiPPO, LSSL, S4, S4D])
+def test_sizes_are_integers(kind):
+    with pytest.raises(TypeError, match="d_model must be an integer, got float"):
+        kind(4.0)
+    with pytest.raises(TypeError, match="d_state must be an integer, got float"):
+        kind(4, 8.0)
 
 
 @each_mixer

@@ -147,6 +147,13 @@ def test_bad_input(plain, call, message):
         call(plain())
 
 
+def test_who_has_a_second_derivative_is_named(plain):
+    mixer, x = plain(), torch.randn(1, 5, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(mixer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative; onchip\.\w+\(…, backend='reference'\) has one"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
@@ -156,6 +163,13 @@ def test_bad_input(plain, call, message):
         (Mamba, {"dt_init": "zero"}, 'dt_init must be "random" or "constant", got \'zero\''),
         (Mamba, {"dt_min": 0.2}, "dt_min and dt_max must be positive and ascending, got 0.2 and 0.1"),
         (Mamba, {"dt_init_floor": 0.0}, "dt_init_floor must be positive"),
+        (Mamba, {"d_state": 1.5}, "d_state must be an integer, got float"),
+        (Mamba, {"dt_rank": "big"}, "dt_rank must be an integer, got str"),
+        (Mamba2, {"head_dim": 8, "d_state": 1.5}, "d_state must be an integer, got float"),
+        (Mamba2, {"head_dim": 8, "n_groups": 1.0}, "n_groups must be an integer, got float"),
+        (Mamba2, {"head_dim": 8, "chunk_size": 4.0}, "chunk_size must be an integer, got float"),
+        (Mamba2, {"head_dim": 8, "norm_eps": -1.0}, "norm_eps must be finite and not negative, got -1.0"),
+        (Mamba2, {"head_dim": 8, "norm_eps": float("nan")}, "norm_eps must be finite and not negative, got nan"),
         (Mamba2, {"expand": 0}, "expand must be at least 1"),
         (Mamba2, {"head_dim": 5}, "head_dim must divide expand · d_model = 32, got 5"),
         (Mamba2, {"head_dim": 8, "n_groups": 3}, "n_groups must divide the 4 heads, got 3"),
@@ -166,5 +180,5 @@ def test_bad_input(plain, call, message):
     ],
 )
 def test_bad_arguments(kind, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         kind(16, **arguments)

@@ -3,12 +3,28 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import onchip
+from onchip.nn.linear import Linear
 from onchip.ops.linear import MAX_ROWS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 7, 33), (3, 100, 31), (5, 8, 128), (MAX_ROWS, 65, 200)]  # rows, out, in
+
+
+class Plain(torch.Tensor):
+    pass
+
+
+class Calls(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
 
 
 def normal(*shape, dtype=torch.float32):
@@ -70,6 +86,10 @@ def test_what_does_not_fit_is_pytorchs(served):
         (normal(MAX_ROWS + 1, 16), weight),
         (x.double(), weight.double()),
         (x[:0], weight),
+        (x[:, :0], weight[:, :0]),
+        (x, weight[:0]),
+        (x, weight[0]),
+        (x, weight, torch.tensor(1.0)),
         (x[None, None, None], weight),
         (x, normal(16, 5).T),
         (x, torch._neg_view(-weight)),
@@ -79,9 +99,20 @@ def test_what_does_not_fit_is_pytorchs(served):
         assert (y.shape, y.dtype, y.device) == (want.shape, want.dtype, want.device)
         assert y.is_meta or torch.equal(y, want)
     assert not any(served)
-    for wrong in ((x, weight.double()), (x, normal(5, 15)), (x, weight, normal(4))):
-        with pytest.raises(RuntimeError):
+    for wrong in (
+        (x, weight.double()),
+        (x, normal(5, 15)),
+        (x, weight, normal(4)),
+        (x, weight, normal(5).half()),
+        (x, torch.tensor(2.0)),
+        (x, None),
+        ([1.0], weight),
+    ):
+        with pytest.raises((RuntimeError, TypeError)) as ours:
             onchip.linear(*wrong)
+        with pytest.raises(ours.type) as pytorchs:
+            F.linear(*wrong)
+        assert str(ours.value) == str(pytorchs.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
@@ -95,6 +126,20 @@ def test_whoever_watches_sees_pytorchs(served):
     traced = torch.jit.trace(lambda x: onchip.linear(x, weight), x, check_trace=False)
     compiled = torch.compile(onchip.linear, fullgraph=True, backend="aot_eager")
     batched = torch.func.vmap(onchip.linear, (0, None))(x[:, None], weight)[:, 0]
+    exported = torch.export.export(Linear(16, 5), (x,)).graph
+    assert any(node.target == torch.ops.aten.linear.default for node in exported.nodes)
+    with Calls() as calls:
+        onchip.linear(x, weight)
+        onchip.rms_norm(x, torch.ones(16), 1e-5)
+    assert {F.linear, F.rms_norm} <= set(calls.seen)
     assert served == []
+    assert all(type(onchip.linear(x, weight.as_subclass(Plain))) is Plain for x in (x, x.as_subclass(Plain)))
+    assert not any(served)
+    served.clear()
+    with torch.no_grad():
+        assert not onchip.linear(x.clone().requires_grad_(), leaf).requires_grad
+    with torch.inference_mode():
+        assert onchip.linear(x, leaf).is_inference()
+    assert served == [True, True]
     for y in (traced(2 * x) / 2, compiled(x, weight), batched):
         torch.testing.assert_close(y, F.linear(x, weight))

@@ -38,8 +38,15 @@ def test_whoever_watches_sees_pytorchs(served):
         assert (y.shape, y.dtype, y.device) == (want.shape, want.dtype, want.device)
         assert y.is_meta or torch.equal(y, want)
     assert not any(served)
-    with pytest.raises(RuntimeError):
-        onchip.rms_norm(x, torch.ones(7), EPS)
+    for wrong in ((x, torch.ones(7), EPS), (x, torch.ones(2, 8), EPS), (x, torch.tensor(1.0), EPS)):
+        with pytest.raises(RuntimeError):
+            onchip.rms_norm(*wrong)
+    with pytest.raises(TypeError, match=r"'eps' .* must be float, not str"):
+        onchip.rms_norm(x, weight, "small")
+    with pytest.raises(TypeError, match="weight must be a tensor, got None"):
+        onchip.rms_norm(x, None, EPS)
+    torch.testing.assert_close(onchip.rms_norm(x, weight, None), F.rms_norm(x, (8,), weight))
+    torch.testing.assert_close(onchip.rms_norm(x, weight, 1), F.rms_norm(x, (8,), weight, 1))
 
 
 def by_us(x, weight):

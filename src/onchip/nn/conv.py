@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from onchip.ops import causal_conv1d, causal_conv1d_step
+from onchip.ops._count import check_sizes
 from onchip.ops.causal_conv1d.checks import Activation
 
 
@@ -31,8 +32,7 @@ class CausalConv1d(nn.Module):
 
     def __init__(self, d: int, width: int, *, bias: bool = True, activation: Activation = None) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        check_sizes(d=d, width=width)
         self.activation = activation
         bound = 1 / math.sqrt(width)
         self.weight = nn.Parameter(torch.empty(d, width).uniform_(-bound, bound))

@@ -47,7 +47,7 @@ def backward_once(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"{name}: the fused kernels have no second derivative; call with backend='reference' to differentiate twice"
+            f"{name}: the fused kernels have no second derivative; onchip.{name}(…, backend='reference') has one"
         )
 
     class Backward(torch.autograd.Function):
@@ -70,7 +70,7 @@ def no_forward_mode(name: str) -> Any:
 
     def refuse(ctx: Any, *tangents: Tensor | None) -> Any:
         raise RuntimeError(
-            f"{name}: the fused kernels have no forward-mode derivative; call with backend='reference' for one"
+            f"{name}: the fused kernels have no forward-mode derivative; onchip.{name}(…, backend='reference') has one"
         )
 
     return staticmethod(refuse)

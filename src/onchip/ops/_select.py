@@ -131,10 +131,10 @@ class Explanation:
 def explain(op: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
     """Which implementations of `op` can serve a call, which one runs, and why not the others.
 
-    Takes one of onchip's functions and the arguments of a call to it. Computes nothing.
+    Takes one of onchip's functions that have a `backend` argument, and the arguments of a call to it. Computes nothing.
 
     Raises:
-        TypeError: `op` is not one of onchip's functions, or does not take these arguments.
+        TypeError: `op` is not one of these functions, or does not take these arguments.
 
     >>> import torch, onchip
     >>> q = torch.randn(1, 16, 2, 8)
@@ -146,7 +146,7 @@ def explain(op: Callable[..., Any], *args: Any, backend: str | None = None, **kw
     """
     if op not in _OPS:
         known = ", ".join(sorted(function.__name__ for function in _OPS))
-        raise TypeError(f"op must be one of onchip's functions ({known}), got {op!r}")
+        raise TypeError(f"op must be one of onchip's functions that take backend= ({known}), got {op!r}")
     bound = inspect.signature(op).bind(*args, **kwargs).arguments
     implementations, count = _OPS[op]
     tensors, invariant = list(bound.values())[:count], bound.get("batch_invariant", False)

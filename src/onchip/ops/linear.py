@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `(..., out)`, in x's dtype.
 
     Raises:
-        RuntimeError: what PyTorch does not take, in its words.
+        RuntimeError, TypeError: what PyTorch does not take, in its words.
 
     Numerics: the kernel's products are summed in float32, and rounded once with the bias. Its bits are the same on
     every run, on any number of threads, and a row's do not depend on how many rows there are.
@@ -44,8 +44,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> torch.allclose(y, x @ weight.T, atol=1e-4), torch.equal(onchip.linear(x[:1], weight), y[:1])
     (True, True)
     """
-    if _step.in_place_of_pytorchs(x, weight, bias) and x.ndim > 0 and x.numel() <= MAX_ROWS * x.shape[-1]:
+    if _step.in_place_of_pytorchs(x, weight, bias) and _may_be_few(x, weight):
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         if _step.kernels.try_linear(x, weight, bias, y, torch.get_num_threads()):
             return y
     return F.linear(x, weight, bias)
+
+
+def _may_be_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are few rows and a matrix, as far as it takes to make room for the result."""
+    return isinstance(weight, Tensor) and weight.ndim == 2 and x.ndim > 0 and x.numel() <= MAX_ROWS * x.shape[-1]

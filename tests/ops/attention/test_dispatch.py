@@ -240,7 +240,7 @@ def test_explain_without_kernels(no_kernels):
 
 
 def test_explain_refuses_what_it_does_not_know():
-    with pytest.raises(TypeError, match=r"one of onchip's functions \(attention, .*hadamard.*\)"):
+    with pytest.raises(TypeError, match=r"one of onchip's functions that take backend= \(attention, .*hadamard.*\)"):
         onchip.explain(torch.nn.functional.scaled_dot_product_attention, *wide(8))
     with pytest.raises(TypeError, match="dropout"):
         onchip.explain(onchip.attention, *wide(8), dropout=0.1)

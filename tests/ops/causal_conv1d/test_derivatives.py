@@ -164,7 +164,7 @@ def test_no_second_derivative_in_silence():
     x.requires_grad_()
     call = lambda x, backend: onchip.causal_conv1d(x, weight, activation="silu", backend=backend)  # noqa: E731
     (first,) = torch.autograd.grad(call(x, "cpu").sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative; call with backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"no second derivative; onchip\.causal_conv1d.*backend='reference'"):
         first.sum().backward()
     assert gradgradcheck(lambda x: call(x, "reference"), x)
 
@@ -175,7 +175,7 @@ def test_torch_func():
     x, weight, bias, state = inputs(2, 5, 3, 4)
     loss = lambda x, backend: onchip.causal_conv1d(x, weight, bias, backend=backend).pow(3).sum()  # noqa: E731
     torch.testing.assert_close(grad(loss)(x, "cpu"), grad(loss)(x, "reference"))
-    with pytest.raises(RuntimeError, match="no forward-mode derivative; call with backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative; onchip\.causal_conv1d.*backend='reference'"):
         jvp(lambda x: loss(x, "cpu"), (x,), (x,))
     y = lambda x_t: onchip.causal_conv1d_step(x_t, state, weight)[0].sum()  # noqa: E731
     torch.testing.assert_close(grad(y)(x[:, 0]), weight[:, -1].expand(2, 3))

@@ -119,7 +119,8 @@ def causal_conv1d_update(
     >>> causal_conv1d_update(torch.tensor([[3.0]]), state, torch.ones(1, 3)), state
     (tensor([[6.]]), tensor([[[2., 3.]]]))
     """
-    check_tensor("x", x, ("B", "D") if x.ndim == 2 else ("B", "D", "T"), x, any_float=False)
+    one_token = isinstance(x, Tensor) and x.ndim == 2
+    check_tensor("x", x, ("B", "D") if one_token else ("B", "D", "T"), x, any_float=False)
     if (x.ndim == 3 and x.shape[2] != 1) or cache_seqlens is not None or conv_state_indices is not None:
         inputs = x if x.ndim == 3 else x[..., None]
         out = _update(inputs, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from onchip.ops._count import check_count
 from onchip.ops._sequence import boundaries, check_boundaries, check_tensor
 from onchip.ops.causal_conv1d.outputs import final_state
 
@@ -31,7 +32,6 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     """
     check_tensor("x", x, ("total", "D"), x, any_float=False)
     check_boundaries(cu_seqlens, x)
-    if state_len < 0:
-        raise ValueError(f"state_len must be at least 0, got {state_len}")
+    check_count("state_len", state_len)
     boundaries(cu_seqlens, x.shape[0])
     return final_state(x, None, state_len + 1, cu_seqlens).transpose(1, 2)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onchip.integrations.mamba_ssm._arguments import check_are_tensors
 from onchip.nn.norm import rms_norm_gated
+from onchip.ops._count import check_count
 from onchip.ops._sequence import check_tensor
 
 __all__ = ["RMSNorm", "rmsnorm_fn"]
@@ -30,8 +32,10 @@ def rmsnorm_fn(
     >>> rmsnorm_fn(torch.randn(2, 5, 16), torch.ones(16), None, torch.randn(2, 5, 16), group_size=8).shape
     torch.Size([2, 5, 16])
     """
+    check_are_tensors(x=x)
     dim = x.shape[-1]
     group_size = dim if group_size is None else group_size
+    check_count("group_size", group_size)
     if group_size < 1 or dim % group_size:
         raise ValueError(f"group_size must divide x's {dim} features, got {group_size}")
     for name, u, shape in (("weight", weight, (dim,)), ("bias", bias, (dim,)), ("z", z, tuple(x.shape))):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onchip.integrations.mamba_ssm._arguments import refuse_complex
+from onchip.integrations.mamba_ssm._arguments import check_are_tensors, refuse_complex
 from onchip.ops import causal_conv1d, selective_scan
 from onchip.ops._sequence import WithFinalState, check_tensor
 
@@ -67,6 +67,7 @@ def scan(
     initial_state: Tensor | None = None,
 ) -> WithFinalState:
     """`selective_scan_fn` from an initial state `(batch, dim, d_state)` on, which mamba_ssm's has not."""
+    check_are_tensors(u=u, delta=delta, A=A, B=B, C=C, **({} if z is None else {"z": z}))
     refuse_complex(A=A, B=B, C=C)
     B_t, C_t = _time_first("B", B, u), _time_first("C", C, u)
     if B_t.shape[2] != C_t.shape[2]:

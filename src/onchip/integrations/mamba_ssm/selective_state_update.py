@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from onchip.integrations.mamba_ssm._arguments import check_are_tensors
 from onchip.ops import selective_scan_step, ssd_step
 from onchip.ops._sequence import STATE_DTYPES, check_tensor
 
@@ -56,6 +57,7 @@ def selective_state_update(
     >>> bool(state.any())
     True
     """
+    check_are_tensors(state=state, x=x, B=B, C=C)
     _check(state, x, dt, A, dt_bias, state_batch_indices)
     rows = state if state_batch_indices is None else state[state_batch_indices.clamp(min=0)]
     given = (x, rows, dt, A, B, C, D, z, dt_bias)

@@ -7,8 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onchip.integrations._packing import Packing, packing
+from onchip.integrations.mamba_ssm._arguments import check_are_tensors
 from onchip.integrations.mamba_ssm.layernorm_gated import rmsnorm_fn
 from onchip.ops import causal_conv1d, ssd
+from onchip.ops._count import check_sizes
+from onchip.ops._sequence import check_tensor
+from onchip.ops.attention.checks import DTYPES
 from onchip.ops.causal_conv1d.checks import Activation
 from onchip.ops.ssd.checks import check_sequence
 
@@ -32,6 +36,7 @@ def mamba_chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Mamba-2's scan; see `onchip.ssd`.
 
@@ -52,14 +57,17 @@ def mamba_chunk_scan_combined(
         dt_limit: clamp the steps to this range.
         return_final_states: return `(batch, heads, head_dim, d_state)` after the last token of each row, too.
         return_varlen_states: return `(sequences, heads, head_dim, d_state)` after each sequence of `cu_seqlens`, too.
+        state_dtype: what returned states are rounded to, float64, float32, bfloat16 or float16; by default float32, in
+            which they are carried whatever this is.
 
     Returns:
-        `(batch, length, heads, head_dim)` in x's dtype, then the states that are asked for, float32, in this order;
-        gradients flow through all of them.
+        `(batch, length, heads, head_dim)` in x's dtype, then the states that are asked for, in this order; gradients
+        flow through all of them.
 
     Raises:
         ValueError: `return_varlen_states` without `cu_seqlens` or with a batch other than one; `cu_seqlens` that
             disagree with `seq_idx`; and what `onchip.ssd` raises.
+        TypeError: a `state_dtype` that is none of the four; and what `onchip.ssd` raises.
 
     >>> import torch
     >>> x, dt, A = torch.randn(2, 40, 4, 8), torch.rand(2, 40, 4), -torch.rand(4)
@@ -68,6 +76,9 @@ def mamba_chunk_scan_combined(
     >>> out.shape, states.shape
     (torch.Size([2, 40, 4, 8]), torch.Size([2, 4, 8, 16]))
     """
+    check_tensor("x", x, ("batch", "length", "heads", "head_dim"), x, any_float=False)
+    if state_dtype not in (None, *DTYPES):
+        raise TypeError(f"state_dtype must be None, float64, float32, bfloat16 or float16, got {state_dtype!r}")
     shape = x.shape
     together = None if seq_idx is None else packing(seq_idx, *x.shape[:2])
     if cu_seqlens is not None or return_varlen_states:
@@ -95,6 +106,7 @@ def mamba_chunk_scan_combined(
         return_final_state=True,
         cu_seqlens=None if together is None else together.cu_seqlens,
     )
+    states = states if state_dtype is None else states.to(state_dtype)
     results = [out.view(shape)]
     if return_final_states:
         results.append(states if together is None else states[together.last])
@@ -105,7 +117,9 @@ def mamba_chunk_scan_combined(
 
 def _limit(dt_limit: tuple[float, float], dt_softplus: bool) -> tuple[float, float] | None:
     """None where it limits nothing: a softplus is positive."""
-    return None if dt_softplus and tuple(dt_limit) == (0.0, math.inf) else (dt_limit[0], dt_limit[1])
+    if dt_limit is None:  # which to `ssd` is another range than the default here
+        raise ValueError("dt_limit must be a pair (low, high) of numbers, got None")
+    return None if dt_softplus and dt_limit in ((0.0, math.inf), [0.0, math.inf]) else dt_limit
 
 
 def _check_boundaries(cu_seqlens: Tensor | None, together: Packing | None, x: Tensor) -> None:
@@ -142,6 +156,7 @@ def mamba_split_conv1d_scan_combined(
     headdim: int | None = None,
     ngroups: int = 1,
     norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """A Mamba-2 block after its first projection: convolution, scan (with a softplus of dt), gate or norm, projection.
 
@@ -163,9 +178,10 @@ def mamba_split_conv1d_scan_combined(
         headdim: features of a head.
         ngroups: how many heads' groups B and C have.
         norm_before_gate: norm first, then the gate.
+        state_dtype: as of `mamba_chunk_scan_combined`.
 
     Returns:
-        `(batch, length, d_mlp + dim)`, or `(…, d_out)`; with `return_final_states` also the states, float32.
+        `(batch, length, d_mlp + dim)`, or `(…, d_out)`; with `return_final_states` also the states.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; `outproj_bias` without `outproj_weight`.
@@ -175,13 +191,16 @@ def mamba_split_conv1d_scan_combined(
     >>> mamba_split_conv1d_scan_combined(zxbcdt, conv, None, dt_bias, -torch.rand(4), torch.ones(4, 8), 16).shape
     torch.Size([2, 40, 32])
     """
+    check_are_tensors(zxbcdt=zxbcdt, conv1d_weight=conv1d_weight, D=D)
+    check_sizes(ngroups=ngroups)
+    if outproj_weight is not None:
+        check_are_tensors(outproj_weight=outproj_weight)
     heads, P = len(D), D.shape[1] if D.ndim == 2 else headdim
     if P is None:
         raise ValueError("headdim must be given where D has shape (heads,)")
+    check_sizes(headdim=P)
     if headdim not in (None, P):
         raise ValueError(f"headdim must be that of D {tuple(D.shape)}, got {headdim}")
-    if ngroups < 1:
-        raise ValueError(f"ngroups must be at least 1, got {ngroups}")
     if outproj_bias is not None and outproj_weight is None:
         raise ValueError("outproj_bias must be None where outproj_weight is")
     dim = heads * P
@@ -212,6 +231,7 @@ def mamba_split_conv1d_scan_combined(
         dt_softplus=True,
         dt_limit=dt_limit,
         return_final_states=True,
+        state_dtype=state_dtype,
     )
     y = y.flatten(-2)
     if rmsnorm_weight is not None:

@@ -48,6 +48,7 @@ def build_mixer(d_model: int, config: Mapping[str, Any]) -> Mixer[Any]:
 
     Raises:
         ValueError: no such mixer; an argument that is unknown, missing or refused by the mixer.
+        TypeError: an argument of a wrong type.
 
     >>> build_mixer(64, {"mixer": "attention", "n_heads": 4, "window": [31, 0]}).window
     (31, 0)

@@ -11,6 +11,7 @@ from onchip.nn.linear import Linear
 from onchip.nn.mixers.base import Mixer, State
 from onchip.nn.rotary import RotaryScaling, packed_positions, rotary_table, rotate
 from onchip.ops import attention, attention_with_cache
+from onchip.ops._count import check_count, check_sizes
 from onchip.ops._read import known
 from onchip.ops.attention.reference import attention_matrix
 
@@ -159,6 +160,7 @@ class Attention(Mixer[AttentionState]):
         bias: whether the projections have biases; "qkv" for those into queries, keys and values alone.
 
     Raises:
+        TypeError: a size or a side of the window that is no integer.
         ValueError: head counts or dims that do not fit together; a negative window; a scaling without an embedding to
             scale; a `bias` that is none of the three.
 
@@ -199,8 +201,11 @@ class Attention(Mixer[AttentionState]):
     ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(f"n_heads must be a positive multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
+        check_sizes(
+            d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=1 if head_dim is None else head_dim
+        )
+        if n_heads % n_kv_heads:
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, or head_dim given, got {d_model} and {n_heads}")
         if bias not in (True, False, "qkv"):
@@ -287,6 +292,9 @@ class Attention(Mixer[AttentionState]):
 def _reaches(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    if len(window) != 2 or any(reach is not None and reach < 0 for reach in window):
+    if len(window) != 2:
         raise ValueError(f"window must be (left, right), each None or not negative, got {window!r}")
+    for name, reach in zip(("left", "right"), window, strict=True):
+        if reach is not None:
+            check_count(f"window's {name}", reach)
     return window[0], window[1]

@@ -11,6 +11,8 @@ from typing import Any, Generic, Self, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from onchip.ops._sequence import check_boundaries
+
 
 class MissingForm(TypeError):
     """A mixer was asked for a form that its mathematics does not have, such as the step of a bidirectional one."""
@@ -107,12 +109,14 @@ class Mixer(nn.Module, ABC, Generic[S]):
         Raises:
             ValueError: `x` is not `(B, T, d_model)`, or `(total, d_model)` with `cu_seqlens`; or both `state` and
                 `cu_seqlens` are given.
-            TypeError: `state` is another mixer's.
+            TypeError: `state` is another mixer's; `cu_seqlens` is not of integers, or on another device.
             MissingForm: `state` is given and the mixer is not causal.
         """
         expected = "(B, T, d_model)" if cu_seqlens is None else "(total, d_model)"
         if x.ndim != (3 if cu_seqlens is None else 2) or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be {expected} with d_model = {self.d_model}, got {tuple(x.shape)}")
+        if cu_seqlens is not None:
+            check_boundaries(cu_seqlens, x)
         if state is None:
             return self._parallel(x, cu_seqlens)
         if cu_seqlens is not None:

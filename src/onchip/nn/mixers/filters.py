@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from onchip.nn.linear import Linear
 from onchip.nn.mixers.base import Mixer, S, State
 from onchip.nn.state_space import System, causal_convolution
-from onchip.ops._sequence import STATE_DTYPES, check_boundaries, sequences
+from onchip.ops._count import check_sizes
+from onchip.ops._sequence import STATE_DTYPES, sequences
 
 
 class Filters(Mixer[S]):
@@ -28,6 +29,7 @@ class Filters(Mixer[S]):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
+        check_sizes(d_model=d_model)
         self.d_model = d_model
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = Linear(d_model, d_model, bias=False)
@@ -119,7 +121,6 @@ class TimeInvariantFilters(Filters[FilterState]):
         return causal_convolution(u, self._system().kernel(u.shape[-1]))
 
     def _packed(self, u: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        check_boundaries(cu_seqlens, x)
         rows = sequences(cu_seqlens, len(x))
         k = self._system().kernel(max((r.stop - r.start for r in rows), default=0))
         return torch.cat([u[:, :0], *(causal_convolution(u[:, r], k) for r in rows)], dim=-1)
@@ -182,6 +183,7 @@ def as_buffer(x: Tensor) -> Tensor:
 
 
 def check_state_size(d_state: int, *, even: bool) -> None:
-    """`d_state` is positive, and even where its states come in conjugate pairs."""
-    if d_state < 1 or (even and d_state % 2):
-        raise ValueError(f"d_state must be positive{' and even' if even else ''}, got {d_state}")
+    """`d_state` is an integer, positive, and even where its states come in conjugate pairs."""
+    check_sizes(d_state=d_state)
+    if even and d_state % 2:
+        raise ValueError(f"d_state must be even, got {d_state}")

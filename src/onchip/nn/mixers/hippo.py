@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from onchip.nn import hippo
 from onchip.nn.mixers.base import State
 from onchip.nn.mixers.filters import Filters, check_state_size
-from onchip.ops._sequence import check_boundaries, sequences
+from onchip.ops._count import check_sizes
+from onchip.ops._sequence import sequences
 
 _KEPT = 32  # chunks whose matrices are made, and kept, together
 
@@ -45,6 +46,7 @@ class HiPPO(Filters[HiPPOState]):
         chunk_size: tokens in a chunk; it changes the speed and nothing else.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an unknown measure, a discretisation that it does not have here, `dt` missing, not positive or out
             of place, a size that is not positive.
 
@@ -85,8 +87,7 @@ class HiPPO(Filters[HiPPOState]):
             raise ValueError(f"discretization must be one of {', '.join(known)}, got {discretization!r}")
         if (dt is None) != (measure == "legs") or (dt is not None and not dt > 0):
             raise ValueError(f'dt must be positive, or None with measure "legs", got {dt!r}')
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+        check_sizes(chunk_size=chunk_size)
         self.d_state, self.measure, self.discretization, self.dt = d_state, measure, discretization, dt
         self.chunk_size = chunk_size
         self.C = nn.Parameter(torch.randn(d_model, d_state) / d_state**0.5)
@@ -122,7 +123,6 @@ class HiPPO(Filters[HiPPOState]):
             if cu_seqlens is None:
                 y, _ = self._run(u, u.new_zeros(*u.shape[:2], self.d_state), 0)
             else:
-                check_boundaries(cu_seqlens, x)
                 nothing = u.new_zeros(1, self.d_model, self.d_state)
                 pieces = [self._run(u[None, :, rows], nothing, 0)[0][0] for rows in sequences(cu_seqlens, len(x))]
                 y = torch.cat([u[:, :0], *pieces], dim=-1)

@@ -27,6 +27,7 @@ class LSSL(TimeInvariantFilters):
         dt_min, dt_max: dt starts log-uniform between them.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an unknown measure or discretisation, a state size that is not positive, steps out of order.
 
     Cost: of the kernel 2·d_model·N³·log₂ T operations for powers of Ā, and 2·d_model·N·T; a step d_model·2·N².

@@ -10,6 +10,7 @@ from onchip.nn.conv import CausalConv1d
 from onchip.nn.linear import Linear
 from onchip.nn.mixers.selective import Selected, Selective, initial_dt_bias
 from onchip.ops import selective_scan, selective_scan_matrix, selective_scan_step
+from onchip.ops._count import check_sizes
 
 
 class Mamba(Selective):
@@ -42,6 +43,7 @@ class Mamba(Selective):
     A begins as -1, …, -d_state in each channel, D as 1.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size that is not positive, a range of dt that is none, an unknown `dt_init`.
 
     The state is `MambaState`: d_inner · (d_conv - 1 + d_state) numbers a sequence, for any number of tokens.
@@ -78,10 +80,9 @@ class Mamba(Selective):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(d_model=d_model)
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        for name, size in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand), ("dt_rank", rank)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
         if dt_init not in ("random", "constant"):
             raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
         d_inner = expand * d_model

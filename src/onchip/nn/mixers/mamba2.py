@@ -13,6 +13,7 @@ from onchip.nn.linear import Linear
 from onchip.nn.mixers.selective import Selected, Selective, initial_dt_bias
 from onchip.nn.norm import RMSNormGated
 from onchip.ops import ssd, ssd_matrix, ssd_step
+from onchip.ops._count import check_sizes
 
 
 class Mamba2(Selective):
@@ -48,7 +49,9 @@ class Mamba2(Selective):
         bias: whether in_proj and out have biases.
 
     Raises:
-        ValueError: sizes that are not positive or do not divide each other, ranges that are none.
+        TypeError: a size that is no integer.
+        ValueError: sizes that are not positive or do not divide each other, ranges that are none, a negative
+            `norm_eps`.
 
     The state is `MambaState`: d_inner · d_state + (d_conv - 1) · (d_inner + 2·n_groups·d_state) numbers a sequence, for
     any number of tokens.
@@ -89,17 +92,18 @@ class Mamba2(Selective):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(
+            d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, head_dim=head_dim, n_groups=n_groups,
+            chunk_size=1 if chunk_size is None else chunk_size,
+        )  # fmt: skip
         d_inner = expand * d_model
-        for name, size in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand), ("head_dim", head_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         if d_inner % head_dim:
             raise ValueError(f"head_dim must divide expand · d_model = {d_inner}, got {head_dim}")
         n_heads = d_inner // head_dim
-        if n_groups < 1 or n_heads % n_groups:
+        if n_heads % n_groups:
             raise ValueError(f"n_groups must divide the {n_heads} heads, got {n_groups}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if not 0 <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be finite and not negative, got {norm_eps}")
         if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
             raise ValueError(f"A_init_range must be positive and ascending, got {A_init_range}")
         self.d_model, self.n_heads, self.head_dim = d_model, n_heads, head_dim

@@ -25,6 +25,7 @@ class S4(TimeInvariantFilters):
         dt_min, dt_max: dt starts log-uniform between them.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an unknown measure, a state size that is odd or not positive, steps out of order.
 
     Cost: of the kernel 16·d_model·N·T operations for a Cauchy matrix, and 2·d_model·N³·log₂ T for Ā^T, since C is what

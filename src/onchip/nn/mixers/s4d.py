@@ -33,6 +33,7 @@ class S4D(TimeInvariantFilters):
         dt_min, dt_max: dt starts log-uniform between them.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an unknown start or discretisation, a state size that does not fit, steps out of order.
 
     Cost: of the kernel 4·d_model·N·T operations for a Vandermonde matrix that is never written, memory

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onchip.ops._count import check_count
 from onchip.ops.attention import block_patterns
 from onchip.ops.attention.block_patterns import Layout, Window
 
@@ -102,8 +103,8 @@ class BlockMask:
         BlockMask(200×200 of 3 heads, block 64, density 1.00)
         """
         _check_sizes(tq, tk, block)
-        _check_count("batch", batch, least=1)
-        _check_count("heads", heads, least=1)
+        check_count("batch", batch, least=1)
+        check_count("heads", heads, least=1)
 
         def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             # Beyond the end the last query and key are repeated: a tile there is full or empty as it is inside.
@@ -131,7 +132,7 @@ class BlockMask:
         True
         """
         _check_sizes(tq, tk, block)
-        _check_count("n_global", n_global)
+        check_count("n_global", n_global)
         _check_window(window)
         return cls._of(block_patterns.local(tq, tk, window, n_global, block), (tq, tk), (1, 1), block)
 
@@ -148,7 +149,7 @@ class BlockMask:
         0.125
         """
         _check_sizes(tq, tk, block)
-        _check_count("stride", stride, least=1)
+        check_count("stride", stride, least=1)
         _check_window(window)
         return cls._of(block_patterns.dilated(tq, tk, window, stride, block), (tq, tk), (1, 1), block)
 
@@ -166,7 +167,7 @@ class BlockMask:
         """
         _check_sizes(length, length, block)
         if max_stride is not None:
-            _check_count("max_stride", max_stride, least=1)
+            check_count("max_stride", max_stride, least=1)
         layout = block_patterns.butterfly(length, max_stride, block)
         return cls._of(layout, (length, length), (1, 1), block)
 
@@ -346,20 +347,13 @@ def _count(length: int, block: int) -> int:
 
 
 def _check_sizes(tq: int, tk: int, block: int) -> None:
-    _check_count("tq", tq)
-    _check_count("tk", tk)
+    check_count("tq", tq)
+    check_count("tk", tk)
     _check_block(block)
 
 
-def _check_count(name: str, n: int, least: int = 0) -> None:
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{name} must be an integer, got {type(n).__name__}")
-    if n < least:
-        raise ValueError(f"{name} must be at least {least}, got {n}")
-
-
 def _check_block(block: int) -> None:
-    _check_count("block", block)
+    check_count("block", block)
     if block < SMALLEST_BLOCK or block & (block - 1):
         raise ValueError(f"block must be a power of two of at least {SMALLEST_BLOCK}, got {block}")
 
@@ -367,7 +361,7 @@ def _check_block(block: int) -> None:
 def _counts(name: str, lengths: Sequence[int] | Tensor) -> list[int]:
     counts: list[int] = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     for n in counts:
-        _check_count(f"each of {name}", n)
+        check_count(f"each of {name}", n)
     return counts
 
 
@@ -376,4 +370,4 @@ def _check_window(window: Window) -> None:
         raise ValueError(f"window must be a pair (left, right) of integers or None, got {window!r}")
     for name, side in zip(("left", "right"), window, strict=True):
         if side is not None:
-            _check_count(f"window's {name}", side)
+            check_count(f"window's {name}", side)

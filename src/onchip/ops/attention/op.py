@@ -206,7 +206,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _no_second_derivative() -> None:
     raise RuntimeError(
-        "attention: the fused kernels have no second derivative; call with backend='reference' to differentiate twice"
+        "attention: the fused kernels have no second derivative; onchip.attention(…, backend='reference') has one"
     )
 
 

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from onchip.ops._count import check_count
 from onchip.ops._sequence import check_boundaries, check_tensor
 
 Activation = Literal["silu", "swish"] | None
@@ -51,10 +51,7 @@ def check_matrix(weight: Tensor, length: int) -> None:
     """These are a filter and a length."""
     check_tensor("weight", weight, ("D", "W"), weight, any_float=True)
     _check_width(weight)
-    if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
-        raise TypeError(f"length must be an integer, got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"length must be at least 0, got {length}")
+    check_count("length", length)
 
 
 def check_activation(activation: Activation) -> bool:

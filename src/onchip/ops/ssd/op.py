@@ -141,7 +141,9 @@ def _without_gradient(op: Any, *, writes: bool = False) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            raise RuntimeError("ssd_step: the kernels have no gradient; call with backend='reference' for one")
+            raise RuntimeError(
+                "ssd_step: the kernels have no gradient; onchip.ssd_step(…, backend='reference') has one"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             result = op(*args)
         if writes:
