@@ -4,11 +4,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from torch.overrides import TorchFunctionMode
+
 import onchip
 from onchip.ops.linear import MAX_ROWS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 7, 33), (3, 100, 31), (5, 8, 128), (MAX_ROWS, 65, 200)]  # rows, out, in
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
 
 
 def normal(*shape, dtype=torch.float32):
@@ -95,6 +107,9 @@ def test_whoever_watches_sees_pytorchs(served):
     traced = torch.jit.trace(lambda x: onchip.linear(x, weight), x, check_trace=False)
     compiled = torch.compile(onchip.linear, fullgraph=True, backend="aot_eager")
     batched = torch.func.vmap(onchip.linear, (0, None))(x[:, None], weight)[:, 0]
+    with Seen() as functions:
+        onchip.linear(x, weight)
+    assert F.linear in functions.seen
     assert served == []
     for y in (traced(2 * x) / 2, compiled(x, weight), batched):
         torch.testing.assert_close(y, F.linear(x, weight))

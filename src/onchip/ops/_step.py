@@ -35,8 +35,10 @@ def direct(backend: str | None, *tensors: Tensor | None) -> bool:
 
 
 def in_place_of_pytorchs(x: Tensor, *more: Tensor | None) -> bool:
-    """Whether the short way may stand in for a function of PyTorch's, which autocast changes, too."""
-    return direct(None, x, x, *more) and not torch.is_autocast_enabled("cpu")
+    """Whether the short way may stand in for a function of PyTorch's, which autocast and modes may change, too."""
+    return (
+        direct(None, x, x, *more) and not torch.is_autocast_enabled("cpu") and torch._C._len_torch_function_stack() == 0
+    )
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
