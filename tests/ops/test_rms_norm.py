@@ -38,6 +38,8 @@ def test_whoever_watches_sees_pytorchs(served):
         assert (y.shape, y.dtype, y.device) == (want.shape, want.dtype, want.device)
         assert y.is_meta or torch.equal(y, want)
     assert not any(served)
+    for eps in (None, 1):
+        assert torch.equal(onchip.rms_norm(x, weight, eps), F.rms_norm(x, (8,), weight, eps))
     with pytest.raises(RuntimeError):
         onchip.rms_norm(x, torch.ones(7), EPS)
 
