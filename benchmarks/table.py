@@ -66,7 +66,7 @@ LINES = [
         )
     ),
     *(
-        Line(f"{MODEL}, {words}, {dtype}", suite, {"dtype": dtype}, "sdpa", "SDPA")
+        Line(f"{MODEL}, {words}, {dtype}", suite, {"dtype": dtype}, "sdpa", "SDPA", headline=dtype == "float32")
         for suite, words in (("prefill", "a prompt"), ("step", "a decoding step"))
         for dtype in ("float32", "bfloat16")
     ),
@@ -79,18 +79,20 @@ LINES = [
             ("ssd forward", "ssd", "forward", "float32", "transformers", ""),
             ("ssd forward + backward", "ssd", "backward", "float32", "transformers", ""),
             (f"{MAMBA}, forward", "mamba", "forward", "float32", "transformers", ALONE),
-            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train", "float32", "transformers", ALONE),
             (f"{MAMBA}, a training step, T 1024", "mamba", "once", "float32", "transformers", ALONE),
             ("Mamba-2 130M's shape, a decoding step, float32", "mamba", "step", "float32", "transformers", ""),
             ("Mamba-2 130M's shape, a decoding step, bfloat16", "mamba", "step", "bfloat16", "transformers", ""),
         )
     ),
     *(
-        Line(work, suite, {"dtype": "float32"}, "mambapy", "mambapy", operation, headline=False)
-        for work, operation, suite in (
-            ("selective_scan forward", "selective_scan", "forward"),
-            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train"),
-            (f"{MAMBA}, a training step, T 1024", "mamba", "once"),
+        Line(work, suite, {"dtype": "float32"}, peer, against, operation, headline=False)
+        for work, operation, suite, peer, against in (
+            ("selective_scan forward", "selective_scan", "forward", "mambapy", "mambapy"),
+            ("ssd forward", "ssd", "forward", "eager", "eager, by heads"),
+            ("ssd forward + backward", "ssd", "backward", "eager", "eager, by heads"),
+            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train", "transformers", ALONE),
+            (f"{MAMBA}, a training step, T 256 and 512", "mamba", "train", "mambapy", "mambapy"),
+            (f"{MAMBA}, a training step, T 1024", "mamba", "once", "mambapy", "mambapy"),
         )
     ),
 ]

@@ -76,7 +76,7 @@ def main(
     lengths = [128, 256, 512] if quick else [512, 1024, 2048, 4096, 8192]
     times = measure_times(lengths, seconds=0.5 if quick else 30.0)
     learned = learn_copying(4 if quick else 1500)
-    right = learn_induction(4, (1, 2), 2**12) if quick else learn_induction(900, MULTIPLES, 2**17)
+    right = learn_induction(4, (1, 2), 2**12) if quick else learn_induction(1500, MULTIPLES, 2**18)
     findings = [copying(learned), induction(right), growth(lengths, times)]
 
     console = Console()

@@ -59,7 +59,8 @@ def check_writable(out_state: Tensor | None, *tensors: Tensor | None) -> None:
         raise ValueError("out_state must be None where a gradient is asked for: what it held would be lost")
     if any(stride == 0 and size > 1 for stride, size in zip(out_state.stride(), out_state.shape, strict=True)):
         raise ValueError(
-            f"out_state must have memory for each of its entries, got one that is expanded, of strides {out_state.stride()}"
+            "out_state must have memory for each of its entries, got one that is expanded, of strides "
+            f"{out_state.stride()}"
         )
 
 

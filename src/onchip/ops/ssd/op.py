@@ -68,7 +68,8 @@ def _step_into(*args: Any) -> Tensor:
 def _overlap(state: Tensor, out_state: Tensor) -> bool:
     """Whether writing the one may change the other before it is read: not where they are the same."""
     places = [(x.data_ptr(), x.dtype, x.stride()) for x in (state, out_state)]
-    return torch._C._is_alias_of(state, out_state) and places[0] != places[1]
+    storages = [x.untyped_storage().data_ptr() for x in (state, out_state)]
+    return storages[0] == storages[1] and places[0] != places[1]
 
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
