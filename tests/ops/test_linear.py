@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional as F
-
 from torch.overrides import TorchFunctionMode
 
 import onchip
