@@ -27,7 +27,8 @@ std::vector<Named> supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         sets.emplace_back("avx512", InstructionSet::avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.emplace_back("avx2", InstructionSet::avx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        sets.emplace_back("avx2", InstructionSet::avx2);
 #endif
     sets.emplace_back("baseline", InstructionSet::baseline);
     return sets;

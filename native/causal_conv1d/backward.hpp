@@ -55,7 +55,7 @@ private:
     // g of these rows, and zero in those beyond the sequence. Sums are of a piece's own rows.
     void before_activation(const Piece& piece, int64_t t, int64_t rows, bool own) {
         const int64_t there = std::clamp<int64_t>(piece.sequence->length - t, 0, rows);
-        const Rows<T, Time> to = g_.from(history_);
+        const Stretch<T, Time> to = g_.from(history_);
         for (int64_t done = 0, next; done < there; done += next) {
             next = there - done;
             const Span x = this->inputs(piece, t + done, next), out = this->span(gradients_.out, piece, t + done);
@@ -102,7 +102,7 @@ private:
     }
 
     // Σ_w tap[w] · g[t + W - 1 - w], the transpose of the convolution.
-    void correlate(const Rows<T, Time>& g, const Span& to, int64_t rows) const {
+    void correlate(const Stretch<T, Time>& g, const Span& to, int64_t rows) const {
         for_vectors<T, Time>(rows, count_, [&](auto together, int64_t i, int64_t c, auto lanes) ONCHIP_INLINED {
             Vec<T> y[together]{};
             for (int64_t w = 0; w < width_; ++w)
@@ -135,7 +135,7 @@ private:
     const causal_conv1d::Gradients& gradients_;
     T* const sums_;
     const int64_t lanes_;    // of a sum: all channels, or the times that a vector holds
-    const Rows<T, Time> g_;  // a tile after its history
+    const Stretch<T, Time> g_;  // a tile after its history
     T* const sum_;           // of each tap, and of the bias behind them
 };
 

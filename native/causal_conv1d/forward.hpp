@@ -16,7 +16,7 @@ class Forward {
 public:
     static constexpr int64_t kMostChannels = Time ? 1 : 2048 / sizeof(T);  // of a block
     static constexpr int64_t kTimes = Time ? kLanes<T> : 1;                // that a vector holds
-    using Span = Rows<S, Time>;
+    using Span = Stretch<S, Time>;
 
     Forward(const causal_conv1d::Problem& p, Scratch& scratch)
         : p_(p), width_(p.width), history_(p.width - 1), pitch_(pitch(p)),

@@ -14,13 +14,13 @@
 namespace onchip::ONCHIP_ISA {
 
 template <class S, bool Time>
-struct Rows {
+struct Stretch {
     S* data;
     int64_t pitch;  // from a time to the next, where lanes are channels
 
     int64_t step() const { return Time ? 1 : pitch; }
     S* at(int64_t time, int64_t channel) const { return data + time * step() + channel; }
-    Rows from(int64_t time) const { return {at(time, 0), pitch}; }
+    Stretch from(int64_t time) const { return {at(time, 0), pitch}; }
 };
 
 // Of a vector's lanes those that are there: all, or the first `count`, while the others are zero.

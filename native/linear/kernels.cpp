@@ -57,9 +57,9 @@ void lay_out(float* x, int64_t n) {
 
 // sums[i] += Σ over blocks of weights ∘ the i-th row of x, of which each vector is a sum of its own. Where the weights are
 // in cache by now, `ahead` are those to ask for meanwhile; else null.
-template <class S, int Rows>
+template <class S, int N>
 inline void add_products(const S* weights, int64_t n, const S* ahead, const float* x, int64_t pitch,
-                         Vec<float> (&sums)[Rows][kSums]) {
+                         Vec<float> (&sums)[N][kSums]) {
     constexpr int L = kLanes<float>;
     for (int64_t c = 0; c < n; c += kBlock) {
         if (ahead != nullptr)
@@ -70,7 +70,7 @@ inline void add_products(const S* weights, int64_t n, const S* ahead, const floa
             Vec<float> a, b;
             load_pair(weights + c + s * L, a, b);
 #pragma GCC unroll 3
-            for (int i = 0; i < Rows; ++i) {
+            for (int i = 0; i < N; ++i) {
                 sums[i][s] += a * load(x + i * pitch + c + s * L);
                 sums[i][s + 1] += b * load(x + i * pitch + c + (s + 1) * L);
             }
@@ -125,14 +125,14 @@ private:
         }
     }
 
-    template <int Rows>
+    template <int N>
     void some_rows(const S* weights, int64_t whole, const S* tail, int64_t row, int64_t lane,
                    Vec<float> (*dots)[kLanes<float>]) const {
         const float* const x = x_ + row * pitch_;
-        Vec<float> sums[Rows][kSums] = {};
+        Vec<float> sums[N][kSums] = {};
         add_products(weights, whole, row == 0 ? nullptr : weights + p_.weight.strides[0], x, pitch_, sums);
         if (whole < p_.x.size) add_products<S>(tail, kBlock, nullptr, x + whole, pitch_, sums);
-        for (int i = 0; i < Rows; ++i) dots[row + i][lane] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
+        for (int i = 0; i < N; ++i) dots[row + i][lane] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
     }
 
     const Problem& p_;
