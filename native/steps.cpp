@@ -80,10 +80,9 @@ bool try_linear(nb::handle input, nb::handle matrix, nb::handle offset, nb::hand
     return true;
 }
 
-bool try_rms_norm(nb::handle input, nb::handle gain, nb::handle eps, nb::handle y, int threads) {
+bool try_rms_norm(nb::handle input, nb::handle gain, double eps, nb::handle y, int threads) {
     const Argument x(input), weight(gain), out(y);
-    if (!PyFloat_Check(eps.ptr())) return false;
-    const rms_norm::Problem p{x.rows(), weight.as({0}), PyFloat_AS_DOUBLE(eps.ptr()), out.rows(), threads};
+    const rms_norm::Problem p{x.rows(), weight.as({0}), eps, out.rows(), threads};
     if (!weight.fits({p.x.size}) || p.out.size != p.x.size || !same_count(p.x, p.out)) return false;
     if (weight.dtype() != x.dtype() || out.dtype() != x.dtype()) return false;
     nb::gil_scoped_release release;
