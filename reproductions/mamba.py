@@ -16,7 +16,7 @@ there and at 8 times the longest. The models have two layers of width 64 as publ
 S4D's has as many numbers of memory as Mamba's, and by wider MLPs as many parameters. Times are those of the operations
 of layers of equal width 256, forward, in float32.
 
-    python reproductions/mamba.py             some minutes
+    python reproductions/mamba.py             about 7 minutes on two cores
     python reproductions/mamba.py --quick     a few steps of training, short sequences: it runs, and says little
 """
 
