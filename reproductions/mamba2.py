@@ -14,7 +14,7 @@ Recall is much smaller than published, which is of up to 1,024 tokens with 256 p
 Whether it is learnt hangs on the learning rate more than on anything else (arXiv 2508.19029), so several are tried, and
 the best one counts.
 
-    python reproductions/mamba2.py             about 6 minutes on two cores
+    python reproductions/mamba2.py             7 to 10 minutes on two cores
     python reproductions/mamba2.py --quick     a few steps of training, short sequences: it runs, and says little
 """
 
